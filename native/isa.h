@@ -9,7 +9,7 @@
 
 #define JAXEXT_INLINE inline __attribute__((always_inline))
 #define JAXEXT_NOINLINE __attribute__((noinline))
-#define JAXEXT_UNROLL _Pragma("GCC unroll 16")
+#define JAXEXT_UNROLL _Pragma("GCC unroll 32")
 
 namespace jaxext {
 

@@ -21,6 +21,7 @@ JAXEXT_NOINLINE float fma_f32(int64_t rounds) {
   touch(a), touch(b);
   for (auto& x : acc) x = splat(0.1f);
   for (int64_t i = 0; i < rounds; i++) {
+    touch(a);  // else the product a*b leaves the loop
     JAXEXT_UNROLL
     for (int j = 0; j < kChains; j++) acc[j] = fma(a, b, acc[j]);
     JAXEXT_UNROLL
@@ -37,6 +38,7 @@ JAXEXT_NOINLINE float fma_bf16(int64_t rounds) {
   touch(a), touch(b);
   for (auto& x : acc) x = splat(0.1f);
   for (int64_t i = 0; i < rounds; i++) {
+    touch(a);  // else the product a*b leaves the loop
     JAXEXT_UNROLL
     for (int j = 0; j < kChains; j++) acc[j] = (vf)_mm512_dpbf16_ps((__m512)acc[j], (__m512bh)a, (__m512bh)b);
     JAXEXT_UNROLL
