@@ -19,16 +19,15 @@ JAXEXT_INLINE void touch(vf& x) { asm volatile("" : "+x"(x)); }
 JAXEXT_NOINLINE float fma_f32(int64_t rounds) {
   vf acc[kChains], a = splat(1e-3f), b = splat(0.5f);
   touch(a), touch(b);
-  for (auto& x : acc) x = splat(0.1f);
+  JAXEXT_UNROLL
+  for (int j = 0; j < kChains; j++) acc[j] = splat(0.1f);
   for (int64_t i = 0; i < rounds; i++) {
-    touch(a);  // else the product a*b leaves the loop
     JAXEXT_UNROLL
-    for (int j = 0; j < kChains; j++) acc[j] = fma(a, b, acc[j]);
-    JAXEXT_UNROLL
-    for (int j = 0; j < kChains; j++) touch(acc[j]);
+    for (int j = 0; j < kChains; j++) acc[j] = fma(acc[j], a, b);
   }
   vf s = splat(0);
-  for (auto x : acc) s += x;
+  JAXEXT_UNROLL
+  for (int j = 0; j < kChains; j++) s += acc[j];
   return reduce_add(s);
 }
 
@@ -36,16 +35,15 @@ JAXEXT_NOINLINE float fma_f32(int64_t rounds) {
 JAXEXT_NOINLINE float fma_bf16(int64_t rounds) {
   vf acc[kChains], a = splat(1e-3f), b = splat(0.5f);
   touch(a), touch(b);
-  for (auto& x : acc) x = splat(0.1f);
+  JAXEXT_UNROLL
+  for (int j = 0; j < kChains; j++) acc[j] = splat(0.1f);
   for (int64_t i = 0; i < rounds; i++) {
-    touch(a);  // else the product a*b leaves the loop
     JAXEXT_UNROLL
     for (int j = 0; j < kChains; j++) acc[j] = (vf)_mm512_dpbf16_ps((__m512)acc[j], (__m512bh)a, (__m512bh)b);
-    JAXEXT_UNROLL
-    for (int j = 0; j < kChains; j++) touch(acc[j]);
   }
   vf s = splat(0);
-  for (auto x : acc) s += x;
+  JAXEXT_UNROLL
+  for (int j = 0; j < kChains; j++) s += acc[j];
   return reduce_add(s);
 }
 #endif
