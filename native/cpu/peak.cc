@@ -20,7 +20,7 @@ JAXEXT_NOINLINE float fma_f32(int64_t rounds) {
   vf acc[kChains], a = splat(1e-3f), b = splat(0.5f);
   touch(a), touch(b);
   JAXEXT_UNROLL
-  for (int j = 0; j < kChains; j++) acc[j] = splat(0.1f);
+  for (int j = 0; j < kChains; j++) acc[j] = splat(0.1f * static_cast<float>(j));
   for (int64_t i = 0; i < rounds; i++) {
     JAXEXT_UNROLL
     for (int j = 0; j < kChains; j++) acc[j] = fma(acc[j], a, b);
@@ -36,7 +36,7 @@ JAXEXT_NOINLINE float fma_bf16(int64_t rounds) {
   vf acc[kChains], a = splat(1e-3f), b = splat(0.5f);
   touch(a), touch(b);
   JAXEXT_UNROLL
-  for (int j = 0; j < kChains; j++) acc[j] = splat(0.1f);
+  for (int j = 0; j < kChains; j++) acc[j] = splat(0.1f * static_cast<float>(j));
   for (int64_t i = 0; i < rounds; i++) {
     JAXEXT_UNROLL
     for (int j = 0; j < kChains; j++) acc[j] = (vf)_mm512_dpbf16_ps((__m512)acc[j], (__m512bh)a, (__m512bh)b);
