@@ -1,0 +1,278 @@
+"""Everything that touches JAX's private parts or differs between its versions; no other file does.
+
+Supported: JAX 0.10.2 and later. Two places of JAX are hooked, only once somebody asks for it:
+
+- the function in the closure of ``jax.vjp``: every reverse-mode entry point ends there, and a name bound early
+  (``from jax import vjp``) still reaches it;
+- ``_infer_params``, where a jitted function is traced.
+
+`insert_hooks` probes both and reports what works, so that a JAX whose insides moved degrades instead of breaking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+try:
+    from jax._src import api_util, core, pjit, source_info_util, traceback_util
+    from jax._src import linear_util as lu
+    from jax._src.interpreters import partial_eval as pe
+    from jax._src.sharding_impls import UnspecifiedValue
+    from jax._src.state.types import AbstractRef
+except ImportError as error:
+    raise ImportError(
+        f"jaxext does not know JAX {jax.__version__}: {error}. It needs JAX 0.10.2 or later; "
+        "upgrade jaxext or install a JAX that it supports."
+    ) from error
+
+Literal = jex_core.Literal
+OLDEST_JAX = (0, 10, 2)
+
+# ---------------------------------------------------------------- jaxprs
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The equations and the constants of a jaxpr, closed or open.
+
+    JAX 0.11 made ClosedJaxpr and Jaxpr one class; before it, an open jaxpr has no constants.
+    """
+    if hasattr(jaxpr, "consts"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def close_like(jaxpr: Any, closed: Any) -> Any:
+    """`closed` in the form, open or closed, that `jaxpr` has."""
+    return closed if hasattr(jaxpr, "consts") else closed.jaxpr
+
+
+def is_jaxpr(x: Any) -> bool:
+    return isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr))
+
+
+def is_plain_call(eqn: Any) -> bool:
+    """True for a call of a jitted function that says nothing but "call": no sharding, layout or compiler option."""
+    params = eqn.params
+    if eqn.primitive.name not in ("jit", "pjit"):
+        return eqn.primitive.name in ("closed_call", "core_call")
+    return (
+        not params.get("compiler_options_kvs")
+        and not any(params.get("donated_invars", ()))
+        and all(isinstance(s, UnspecifiedValue) for s in (*params["in_shardings"], *params["out_shardings"]))
+        and all(layout is None for layout in (*params["in_layouts"], *params["out_layouts"]))
+    )
+
+
+def called_jaxpr(eqn: Any) -> Any:
+    """The function that a call equation calls."""
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
+def is_ref(x: Any) -> bool:
+    """True for a mutable array (`jax.new_ref`)."""
+    return isinstance(jax.typeof(x), AbstractRef)
+
+
+def short_type(aval: Any) -> str:
+    """An array type as in a jaxpr: ``f32[8,128]``."""
+    return aval.str_short(short_dtypes=True) if hasattr(aval, "str_short") else str(aval)
+
+
+def same_type(a: Any, b: Any) -> bool:
+    """True where two abstract values agree in everything but weak typing."""
+    return core.typecompat(a, b) and getattr(a, "weak_type", None) == getattr(b, "weak_type", None)
+
+
+def vma(x: Any) -> frozenset[str]:
+    """The mesh axes of the enclosing shard_map over which `x` varies."""
+    return getattr(jax.typeof(x), "vma", frozenset())
+
+
+def bind(eqn: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Run the primitive of `eqn` on `inputs`."""
+    primitive = eqn.primitive
+    result = primitive.bind(*inputs, **primitive.get_bind_params(params))
+    return list(result) if primitive.multiple_results else [result]
+
+
+@contextmanager
+def source_of(eqn: Any, scope: str | None = None) -> Iterator[None]:
+    """Operations bound inside belong to the user's line, name scopes and compute context of `eqn`."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    if scope is not None:
+        stack = stack.extend(scope)
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def name_scopes(eqn: Any) -> str:
+    """The name scopes of an equation, as in ``encoder/block``, relative to its jaxpr."""
+    return str(eqn.source_info.name_stack)
+
+
+def user_line(eqn: Any) -> str:
+    """Where the user wrote an equation: ``train.py:12 (loss)``, "" where JAX kept no traceback."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    if frame is None:
+        return ""
+    path = frame.file_name
+    here = os.getcwd() + os.sep
+    return f"{path.removeprefix(here)}:{frame.start_line} ({frame.function_name.rsplit('.', 1)[-1]})"
+
+
+def trace(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], *, like: Any = None, name: str = "jaxext") -> Any:
+    """The jaxpr of a function of flat arguments, types taken exactly (weak types, varying axes, mutable arrays).
+
+    `like`: a jaxpr whose argument names and source the result carries, for JAX's error messages.
+    """
+    if like is None:
+        debug_info = api_util.debug_info(name, fun, tuple(avals), {})
+    else:
+        debug_info = open_jaxpr(like)[0].debug_info
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
+    return jex_core.ClosedJaxpr(jaxpr, consts)
+
+
+def in_types(jaxpr: Any) -> list[Any]:
+    return [var.aval for var in open_jaxpr(jaxpr)[0].invars]
+
+
+def out_types(jaxpr: Any) -> list[Any]:
+    return [var.aval for var in open_jaxpr(jaxpr)[0].outvars]
+
+
+def trace_state_clean() -> bool:
+    """True outside of every JAX transformation."""
+    return core.trace_state_clean()
+
+
+# ---------------------------------------------------------------- hooks
+
+DifferentiationHook = Callable[[Callable[..., Any]], Callable[..., Any]]
+JitHook = Callable[[Callable[..., Any], Callable[[], Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class HookStatus:
+    """Which hooks work in this JAX; `reason` says why one does not."""
+
+    differentiation: bool
+    jit: bool
+    reason: str = ""
+
+
+_lock = threading.RLock()
+_removers: list[Callable[[], None]] = []
+_status: HookStatus | None = None
+
+
+def _closure_cell(wrapper: Any, name: str, depth: int = 4) -> Any:
+    """The cell that holds the undecorated function `name` somewhere under an API wrapper."""
+    for cell in getattr(wrapper, "__closure__", None) or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        if not isinstance(content, FunctionType):
+            continue
+        if content.__name__ == name and not hasattr(content, "__wrapped__"):
+            return cell
+        found = _closure_cell(content, name, depth - 1) if depth else None
+        if found is not None:
+            return found
+    return None
+
+
+def _hook_differentiation(on_differentiate: DifferentiationHook) -> str:
+    cell = _closure_cell(jax.vjp, "vjp")
+    if cell is None:
+        return "jax.vjp has no closure cell to hook"
+    original = cell.cell_contents
+
+    @functools.wraps(original)
+    def vjp(fun: Callable[..., Any], *primals: Any, **options: Any) -> Any:
+        return original(on_differentiate(fun) if callable(fun) else fun, *primals, **options)
+
+    def remove() -> None:
+        cell.cell_contents = original
+
+    cell.cell_contents = vjp
+    _removers.append(remove)
+    return ""
+
+
+def _hook_jit(on_jit: JitHook) -> str:
+    original = getattr(pjit, "_infer_params", None)
+    if not isinstance(original, FunctionType):
+        return "jax has no _infer_params to hook"
+
+    @functools.wraps(original)
+    def _infer_params(fun: Callable[..., Any], info: Any, args: Any, kwargs: Any) -> Any:
+        return on_jit(fun, lambda: original(fun, info, args, kwargs))
+
+    def remove() -> None:
+        pjit._infer_params = original
+
+    pjit._infer_params = _infer_params
+    _removers.append(remove)
+    return ""
+
+
+def insert_hooks(on_differentiate: DifferentiationHook, on_jit: JitHook) -> HookStatus:
+    """Hook `jax.vjp` and the tracing of jitted functions; a second call changes nothing.
+
+    `on_differentiate(fun)` returns the function to differentiate in place of `fun`. `on_jit(fun, infer)` returns what
+    `infer()` does, or the same with another jaxpr (`with_jaxpr`).
+    """
+    global _status
+    with _lock:
+        if _status is None:
+            reasons = [_hook_differentiation(on_differentiate), _hook_jit(on_jit)]
+            _hide_own_frames()
+            _status = HookStatus(not reasons[0], not reasons[1], "; ".join(filter(None, reasons)))
+        return _status
+
+
+def remove_hooks() -> None:
+    """Take the hooks out again; without hooks nothing changes."""
+    global _status
+    with _lock:
+        while _removers:
+            _removers.pop()()
+        _status = None
+
+
+@functools.cache
+def _hide_own_frames() -> None:
+    """A user's traceback and an equation's source line skip jaxext's frames as they skip JAX's."""
+    folder = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    source_info_util.register_exclusion(folder)
+    traceback_util.register_exclusion(folder)
+
+
+def jit_jaxpr(inferred: Any) -> Any:
+    """The jaxpr of what `infer()` of the jit hook returned, None where it cannot be replaced.
+
+    It cannot where tracers of an enclosing function or mutable arrays were hoisted out of it.
+    """
+    params, _ = inferred
+    jaxpr = params.params["jaxpr"]
+    if params.consts or open_jaxpr(jaxpr)[0].is_high:
+        return None
+    return jaxpr
+
+
+def with_jaxpr(inferred: Any, jaxpr: Any) -> Any:
+    """`inferred` with another jaxpr of the same type."""
+    params, arguments = inferred
+    return params._replace(params=dict(params.params, jaxpr=jaxpr)), arguments

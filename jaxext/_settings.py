@@ -1,0 +1,141 @@
+"""What is switched on, in one value that is part of JAX's jit cache key.
+
+The switch is a JAX user context: a function traced under one setting is never taken from the cache for another, so
+turning jaxext on, off and on again gives no stale program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+KERNELS = ("attention", "layer_norm", "rms_norm", "softmax_cross_entropy", "linear_cross_entropy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of one scope.
+
+    `exclude`: kernels not to use. `require`: kernels whose absence is an error. `strict`: any fall-back is an error.
+    `probe` keeps the traces of one `explain` apart from all others.
+    """
+
+    exclude: frozenset[str] = frozenset()
+    require: tuple[str, ...] = ()
+    strict: bool = False
+    probe: int = 0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __post_init__(self) -> None:
+        # Hashed on every dispatch of a jitted function: once is enough.
+        key = (self.exclude, self.require, self.strict, self.probe)
+        object.__setattr__(self, "_hash", hash(key))
+
+    _hash: int = dataclasses.field(default=0, init=False, repr=False, compare=False)
+
+    def inside(self, outer: Settings | None) -> Settings:
+        """These settings in the scope of `outer`: what either switches off is off."""
+        if outer is None:
+            return self
+        return dataclasses.replace(
+            self, exclude=self.exclude | outer.exclude, strict=self.strict or outer.strict, probe=outer.probe
+        )
+
+
+class _Off:
+    """The setting of `disabled`: unlike no setting at all, it also keeps an accelerated function from switching on."""
+
+    def __repr__(self) -> str:
+        return "off"
+
+
+OFF = _Off()
+_context = jax.make_user_context(None)
+
+
+def current() -> Settings | None:
+    """The settings in force in this thread, None where jaxext is off."""
+    value = _context.value
+    return value if isinstance(value, Settings) else None
+
+
+def is_off() -> bool:
+    """True inside `disabled`."""
+    return _context.value is OFF
+
+
+@contextmanager
+def use(settings: Settings | None) -> Iterator[None]:
+    """`settings` are in force inside, None: jaxext is off, accelerated functions included."""
+    with _context(OFF if settings is None else settings):
+        yield
+
+
+def entering(settings: Settings) -> Any:
+    """`use(settings)` for a hot path: no generator, no checks."""
+    return _context(settings)
+
+
+def set_everywhere(settings: Settings | None) -> None:
+    """The settings of all threads, where no `use` is in force."""
+    _context.set_global(settings)
+
+
+def everywhere() -> Settings | None:
+    return _context.get_global()
+
+
+def checked_kernels(names: str | Iterable[str], argument: str) -> tuple[str, ...]:
+    """`names` as a tuple.
+
+    Raises:
+      ValueError: a name that is no kernel, with the kernels there are.
+    """
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    for name in listed:
+        if name not in KERNELS:
+            raise ValueError(f"{argument}: unknown kernel {name!r}. The kernels are {', '.join(KERNELS)}.")
+    return listed
+
+
+_FLAGS = {"": False, "0": False, "false": False, "no": False, "off": False,
+          "1": True, "true": True, "yes": True, "on": True}  # fmt: skip
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name, "").strip().lower()
+    if text not in _FLAGS:
+        raise ValueError(f"{name}={environment[name]!r}: expected 1 or 0. Unset it to use the default, 0.")
+    return _FLAGS[text]
+
+
+def _excluded(environment: Mapping[str, str]) -> frozenset[str]:
+    entries = [entry.strip() for entry in environment.get("JAXEXT_KERNELS", "").split(",") if entry.strip()]
+    for entry in entries:
+        if not entry.startswith("-"):
+            raise ValueError(
+                f"JAXEXT_KERNELS: {entry!r} does not start with '-'. List the kernels to switch off, "
+                "as in JAXEXT_KERNELS=-attention,-layer_norm; all others are on."
+            )
+    return frozenset(checked_kernels((entry[1:].strip() for entry in entries), "JAXEXT_KERNELS"))
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings | None:
+    """Settings of JAXEXT_DISABLE, JAXEXT_KERNELS and JAXEXT_STRICT; None: jaxext is switched off.
+
+    Raises:
+      ValueError: a variable that cannot be read, or an unknown kernel, with the remedy.
+    """
+    environment = os.environ if environment is None else environment
+    exclude = _excluded(environment)
+    strict = _flag(environment, "JAXEXT_STRICT")
+    if _flag(environment, "JAXEXT_DISABLE"):
+        return None
+    return Settings(exclude=exclude, strict=strict)
