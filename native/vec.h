@@ -84,7 +84,16 @@ JAXEXT_INLINE void store_first(float* p, vf x, int64_t n) {
 #endif
 }
 
-JAXEXT_INLINE vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+// By intrinsics: GCC 12 splits the same conversion, written with vector extensions, into halves.
+JAXEXT_INLINE vf widen(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+#else
+  return (vf)(__builtin_convertvector(x, vu) << 16);
+#endif
+}
 
 // Round to nearest even; NaN stays NaN.
 JAXEXT_INLINE vh narrow(vf x) {
@@ -94,7 +103,14 @@ JAXEXT_INLINE vh narrow(vf x) {
   vu u = (vu)x;
   vu r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector((x != x) ? quiet : r, vh);
+  r = (x != x) ? quiet : r;
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)r);
+#elif defined(__AVX2__)
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)r), _mm256_extracti128_si256((__m256i)r, 1));
+#else
+  return __builtin_convertvector(r, vh);
+#endif
 #endif
 }
 
@@ -108,16 +124,25 @@ JAXEXT_INLINE void store(bf16* p, vf x) {
   memcpy(p, &y, sizeof y);
 }
 JAXEXT_INLINE vf load_first(const bf16* p, int64_t n, float rest = 0.f) {
+#if defined(__AVX512F__)
+  const __mmask16 some = (__mmask16)((1u << n) - 1);
+  return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(rest), some, (__m512)widen((vh)_mm256_maskz_loadu_epi16(some, p)));
+#else
   uint32_t fill;
   memcpy(&fill, &rest, 4);
   bf16 t[kLanes];
   for (int i = 0; i < kLanes; i++) t[i] = i < n ? p[i] : (bf16)(fill >> 16);
   return load(t);
+#endif
 }
 JAXEXT_INLINE void store_first(bf16* p, vf x, int64_t n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(x));
+#else
   bf16 t[kLanes];
   store(t, x);
   for (int i = 0; i < n; i++) p[i] = t[i];
+#endif
 }
 
 JAXEXT_INLINE vf round_nearest(vf x) {
