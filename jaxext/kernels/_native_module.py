@@ -1,0 +1,47 @@
+"""The compiled module, or the reason why there is none: the one place that imports it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+__all__ = ["load", "register", "status"]
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("jaxext._native")
+    except ImportError as error:
+        return None, f"the native module is not built ({error}); reinstall jaxext where a C++20 compiler is found"
+    return module, module.isa_problem()
+
+
+def load() -> ModuleType | None:
+    """The compiled module, or None where it was not built."""
+    return _import()[0]
+
+
+def status() -> str:
+    """'' where native kernels run, else the reason why every op runs its reference."""
+    module, problem = _import()
+    if module is None or problem:
+        return problem
+    return register()
+
+
+@functools.cache
+def register() -> str:
+    """Registers every FFI target with XLA, once; '' or the reason why it could not."""
+    import jax
+
+    module, problem = _import()
+    if module is None or problem:
+        return problem
+    for name, capsule in module.targets().items():
+        try:
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        except Exception as error:  # noqa: BLE001 - XLA raises its own type; the reason is kept and reported
+            return f"XLA refused the FFI target {name}: {error}"
+    return ""

@@ -1,0 +1,293 @@
+"""An op: one JAX primitive with a reference, a native lowering, and every rule a transformation asks for.
+
+The reference (plain JAX) is the specification. From it come abstract evaluation, the lowering wherever the native
+kernel does not apply, forward-mode derivatives and the batching of what the kernel cannot batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxext.kernels import _native_module, _sharding
+
+__all__ = ["ArgSpec", "Op", "Role", "derive", "native_status"]
+
+native_status = _native_module.status
+
+Role = Literal["full", "broadcast", "shared"]
+"""How an operand takes part in batching: "full": its leading dimensions are the batch; "broadcast": it has the same
+leading dimensions, each full or 1; "shared": it has none (a scale, a bias)."""
+
+Reference = Callable[..., Sequence[jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArgSpec:
+    """One set of arguments that conformance tests and benchmarks run.
+
+    Attributes:
+      name: shown in test ids and benchmark rows.
+      make: (numpy generator, dtype) -> operands, as NumPy or JAX arrays.
+      params: static parameters of the op.
+      dtypes: the floating dtypes to run.
+    """
+
+    name: str
+    make: Callable[[np.random.Generator, Any], Sequence[Any]]
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+class Op:
+    """A JAX primitive `jaxext_<name>`.
+
+    Args:
+      name: the op's name.
+      reference: (*operands, **params) -> outputs, in plain JAX. None for a backward op, whose reference `derive` makes.
+      target: the FFI target without its `jaxext_` prefix.
+      attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays).
+      roles: (n_operands, **params) -> one Role per operand.
+      refuses: (*avals, **params) -> None where the kernel takes the call, else the reason (the reference runs).
+      check: (*avals, **params) -> None; raises TypeError or ValueError that names the argument, what was expected and
+        the remedy. Run when the op is traced.
+      specs: what conformance tests and benchmarks run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Reference | None,
+        *,
+        target: str,
+        attributes: Callable[..., Mapping[str, Any]],
+        roles: Callable[..., Sequence[Role]],
+        refuses: Callable[..., str | None],
+        check: Callable[..., None] | None = None,
+        specs: Sequence[ArgSpec] = (),
+    ) -> None:
+        self.name, self.target, self.specs = name, f"jaxext_{target}", tuple(specs)
+        self.attributes, self.roles, self.check = attributes, roles, check
+        self._refuses = refuses
+        self._reference = reference
+        self.backward: Op | None = None
+        self.out_avals: Callable[..., Sequence[Any]] | None = None
+        self.output_roles: Callable[..., Sequence[Role]] = lambda n_outputs, **_: ("full",) * n_outputs
+        self.primitive = _primitive(f"jaxext_{name}", self._abstract, self._lower)
+        mlir.register_lowering(self.primitive, self._lower_native, platform="cpu")
+        ad.primitive_jvps[self.primitive] = functools.partial(_reference_jvp, self)
+        batching.primitive_batchers[self.primitive] = functools.partial(_batch, self)
+
+    def __repr__(self) -> str:
+        return f"Op({self.name})"
+
+    def __call__(self, *operands: Any, **params: Any) -> list[jax.Array]:
+        return self.primitive.bind(*operands, **params)
+
+    def reference(self, *operands: Any, **params: Any) -> Sequence[jax.Array]:
+        """The specification, in plain JAX."""
+        assert self._reference is not None, f"{self.name} has no reference yet"
+        return self._reference(*operands, **params)
+
+    def refusal(self, *avals: Any, **params: Any) -> str | None:
+        """None where the native kernel takes this call on CPU, else the reason why the reference runs."""
+        return native_status() or self._refuses(*avals, **params)
+
+    def _abstract(self, *avals: Any, **params: Any) -> Sequence[Any]:
+        if self.check is not None:
+            self.check(*avals, **params)
+        if self.out_avals is not None:
+            return self.out_avals(*avals, **params)
+        return _traced_avals(self, avals, tuple(sorted(params.items())))
+
+    def _lower(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        return mlir.lower_fun(lambda *xs: tuple(self.reference(*xs, **params)), multiple_results=True)(ctx, *args)
+
+    def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        if self.refusal(*ctx.avals_in, **params) is not None:
+            return self._lower(ctx, *args, **params)
+        extra = _sharding.attributes(ctx, self.roles(len(args), **params), self.output_roles(len(ctx.avals_out), **params))
+        if extra is None:
+            return self._lower(ctx, *args, **params)
+        lowering = jax.ffi.ffi_lowering(self.target, **({"extra_attributes": extra} if extra else {}))
+        return lowering(ctx, *args, **self.attributes(**params))
+
+
+def _primitive(name: str, abstract: Callable[..., Any], lower: Callable[..., Any]) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+
+    @functools.lru_cache(maxsize=256)
+    def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        return jax.jit(lambda *xs: primitive.bind(*xs, **dict(params)))
+
+    primitive.def_impl(lambda *xs, **params: compiled(tuple(sorted(params.items())))(*xs))
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+@functools.lru_cache(maxsize=4096)
+def _traced_avals(op: Op, avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> Sequence[Any]:
+    outs = jax.eval_shape(lambda *xs: tuple(op.reference(*xs, **dict(params))), *map(_struct, avals))
+    return tuple(_like(avals[0], out.shape, out.dtype) for out in outs)
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An aval of another shape that varies over the same manual mesh axes."""
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=_sharding.resized(aval, len(shape)))
+
+
+def _zeros_like(x: Any) -> Any:
+    return ad.instantiate_zeros(x) if isinstance(x, ad.Zero) else x
+
+
+def _reference_jvp(op: Op, primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+    tangents = [_zeros_like(t) for t in tangents]
+    return jax.jvp(lambda *xs: list(op.reference(*xs, **params)), tuple(primals), tuple(tangents))
+
+
+def _batch(op: Op, operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    """Adds the mapped axis as one more leading dimension; maps the reference where an operand cannot take it."""
+    roles = op.roles(len(operands), **params)
+    mapped = [d is not None for d in dims]
+    grows = params.get("wrt", ())
+    sums_over_batch = any(roles[i] == "shared" for i in grows)
+    if sums_over_batch or any(m and r == "shared" for m, r in zip(mapped, roles)):
+        fn = jax.vmap(lambda *xs: list(op.reference(*xs, **params)), in_axes=tuple(dims))
+        outs = fn(*operands)
+        return outs, [0] * len(outs)
+    size = next(x.shape[d] for x, d, m in zip(operands, dims, mapped) if m)
+    moved = []
+    for i, (x, d, m, role) in enumerate(zip(operands, dims, mapped, roles)):
+        if m:
+            moved.append(jax.numpy.moveaxis(x, d, 0))
+        elif role == "shared":
+            moved.append(x)
+        else:
+            extent = 1 if role == "broadcast" and i not in grows else size
+            moved.append(jax.numpy.broadcast_to(x[None], (extent, *x.shape)))
+    outs = op(*moved, **params)
+    return outs, [0] * len(outs)
+
+
+def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence[int] = (0,)) -> None:
+    """Makes `forward` differentiable with `backward` as its native cotangent rule.
+
+    Differentiating gives a linear primitive: evaluated (jvp, linearize, hessian) it is the reference's own derivative;
+    transposed (grad, vjp) it calls
+
+      backward(*operands, *(forward outputs in `saved`), *(cotangents of `outputs`), wrt=(operand indices), **params)
+
+    which returns one gradient for each index in `wrt`, of that operand's shape and dtype. The backward's reference is
+    the transpose of the forward's, so derivatives of any order follow.
+
+    Args:
+      forward: an op with a reference.
+      backward: an op made with `reference=None`.
+      saved: indices of forward outputs that the backward kernel reads.
+      outputs: indices of forward outputs that are differentiable; the others (residuals such as a log-sum-exp) must
+        not reach the user.
+    """
+    forward.backward = backward
+    n_saved, n_cotangents = len(saved), len(outputs)
+    linear = _linear_primitive(forward, saved, outputs)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        outs = forward(*primals, **params)
+        which = tuple(i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero))
+        moving = [tangents[i] for i in which]
+        dots = linear.bind(*primals, *(outs[i] for i in saved), *moving, which=which, **params)
+        full: list[Any] = [ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+        for i, dot in zip(outputs, dots):
+            full[i] = dot
+        return outs, full
+
+    def backward_reference(*xs: Any, wrt: tuple[int, ...], **params: Any) -> Sequence[jax.Array]:
+        n = len(xs) - n_saved - n_cotangents
+        operands, cotangents = list(xs[:n]), xs[n + n_saved :]
+
+        def run(*moving: Any) -> tuple[Any, ...]:
+            for i, x in zip(wrt, moving):
+                operands[i] = x
+            outs = forward.reference(*operands, **params)
+            return tuple(outs[i] for i in outputs)
+
+        return jax.vjp(run, *(operands[i] for i in wrt))[1](tuple(cotangents))
+
+    def backward_avals(*avals: Any, wrt: tuple[int, ...], **params: Any) -> Sequence[Any]:
+        return tuple(_like(avals[0], avals[i].shape, avals[i].dtype) for i in wrt)
+
+    def output_roles(n_outputs: int, *, wrt: tuple[int, ...], **params: Any) -> Sequence[Role]:
+        roles = forward.roles(max(wrt, default=0) + 1, **params)
+        return tuple(roles[i] for i in wrt)
+
+    ad.primitive_jvps[forward.primitive] = jvp
+    backward._reference = backward_reference
+    backward.out_avals = backward_avals
+    backward.output_roles = output_roles
+    backward.roles = lambda n, wrt=(), **params: (
+        *forward.roles(n - n_saved - n_cotangents, **params),
+        *("full",) * (n_saved + n_cotangents),
+    )
+
+
+def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int]) -> Primitive:
+    n_saved = len(saved)
+
+    def split(xs: Sequence[Any], which: tuple[int, ...]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        n = len(xs) - n_saved - len(which)
+        return xs[:n], xs[n : n + n_saved], xs[n + n_saved :]
+
+    def reference(*xs: Any, which: tuple[int, ...], **params: Any) -> list[Any]:
+        operands, _, moving = split(xs, which)
+
+        def run(*ys: Any) -> list[Any]:
+            full = list(operands)
+            for i, y in zip(which, ys):
+                full[i] = y
+            outs = forward.reference(*full, **params)
+            return [outs[i] for i in outputs]
+
+        return jax.jvp(run, tuple(operands[i] for i in which), tuple(moving))[1]
+
+    def abstract(*avals: Any, which: tuple[int, ...], **params: Any) -> Sequence[Any]:
+        outs = forward._abstract(*split(avals, which)[0], **params)
+        return tuple(outs[i] for i in outputs)
+
+    def lower(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        return mlir.lower_fun(functools.partial(reference, **params), multiple_results=True)(ctx, *args)
+
+    def transpose(cotangents: Sequence[Any], *xs: Any, which: tuple[int, ...], **params: Any) -> Sequence[Any]:
+        assert forward.backward is not None
+        operands, outs, moving = split(xs, which)
+        dense = [_zeros_like(c) for c in cotangents]
+        wanted = [ad.is_undefined_primal(m) for m in moving]
+        assert all(wanted), "linear in its tangents"
+        grads = forward.backward(*operands, *outs, *dense, wrt=which, **params)
+        return [None] * (len(operands) + len(outs)) + list(grads)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+        dense = tuple(_zeros_like(t) for t in tangents)
+        return jax.jvp(functools.partial(reference, **params), tuple(primals), dense)
+
+    def batch(operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        outs = jax.vmap(functools.partial(reference, **params), in_axes=tuple(dims))(*operands)
+        return outs, [0] * len(outs)
+
+    linear = _primitive(f"jaxext_{forward.name}_linear", abstract, lower)
+    ad.primitive_transposes[linear] = transpose
+    ad.primitive_jvps[linear] = jvp
+    batching.primitive_batchers[linear] = batch
+    return linear

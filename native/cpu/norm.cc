@@ -1,0 +1,177 @@
+// Layer and RMS normalisation, forward and backward, with f32 statistics.
+//
+// Forward reads x once and writes the result; backward reads x and the cotangent once and writes dx. The gradients of
+// scale and bias are summed over fixed chunks of rows and the chunks added in order, so they do not depend on threads.
+#include "norm.h"
+
+#ifdef JAXEXT_KERNEL
+#include "rows.h"
+
+namespace jaxext::JAXEXT_ISA {
+namespace {
+
+#define JAXEXT_BODY [&](int64_t j, auto part, int k) __attribute__((always_inline))
+
+// Parameters as floats, with the offset added; `absent` where there are none.
+void widen_parameter(NormBuffer from, int64_t n, float offset, float absent, float* to) {
+  if (!from.data) {
+    for (int64_t j = 0; j < n; j++) to[j] = absent;
+  } else if (from.bf16) {
+    auto* p = static_cast<const bf16*>(from.data);
+    over_row(n, JAXEXT_BODY { part.put(to + j, part.get(p + j) + splat(offset)); });
+  } else {
+    auto* p = static_cast<const float*>(from.data);
+    over_row(n, JAXEXT_BODY { part.put(to + j, part.get(p + j) + splat(offset)); });
+  }
+}
+
+struct Statistics {
+  float mean, rstd;
+};
+
+template <bool kCentred, class X>
+JAXEXT_INLINE Statistics row_statistics(const X* x, int64_t n, float epsilon) {
+  float mean = 0.f;
+  if constexpr (kCentred) {
+    Sums sum;
+    over_row(n, JAXEXT_BODY { sum.part[k] += part.get(x + j); });
+    mean = sum.total() / static_cast<float>(n);
+  }
+  Sums squares;
+  over_row(n, JAXEXT_BODY {
+    vf d = part.get(x + j, mean) - splat(mean);
+    squares.part[k] = fma(d, d, squares.part[k]);
+  });
+  return {mean, 1.f / __builtin_sqrtf(squares.total() / static_cast<float>(n) + epsilon)};
+}
+
+template <bool kCentred, class X, class O>
+void forward_rows(const NormForwardArgs& a, const Parallel& par) {
+  const int64_t n = a.features;
+  float* scale = static_cast<float*>(thread_arena(2 * n * sizeof(float)));
+  float* bias = scale + n;
+  widen_parameter(a.scale, n, a.scale_offset, 1.f + a.scale_offset, scale);
+  widen_parameter(a.bias, n, 0.f, 0.f, bias);
+  const int64_t step = kSerialElements / 2 / n + 1, tasks = (a.rows + step - 1) / step;
+  parallel_for(threads_for(par, a.rows * n), tasks, [&](int64_t task) {
+    const int64_t end = (task + 1) * step < a.rows ? (task + 1) * step : a.rows;
+    for (int64_t i = task * step; i < end; i++) {
+      const X* x = static_cast<const X*>(a.x.data) + i * n;
+      O* out = static_cast<O*>(a.out.data) + i * n;
+      if (a.residual.data) {
+        const X* residual = static_cast<const X*>(a.residual.data) + i * n;
+        X* sum = static_cast<X*>(a.sum.data) + i * n;
+        over_row(n, JAXEXT_BODY { part.put(sum + j, part.get(x + j) + part.get(residual + j)); });
+        x = sum;
+      }
+      const X* next = static_cast<const X*>(a.x.data) + (i + 1) * n;
+      const Statistics s = row_statistics<kCentred>(x, n, a.epsilon);
+      over_row(n, JAXEXT_BODY {
+        prefetch(next + j);
+        vf normal = (part.get(x + j) - splat(s.mean)) * splat(s.rstd);
+        part.put(out + j, fma(normal, part.get(scale + j), part.get(bias + j)));
+      });
+      if (kCentred) a.mean[i] = s.mean;
+      a.rstd[i] = s.rstd;
+    }
+  });
+}
+
+// Rows that share one partial sum of dscale and dbias: a function of the shape alone.
+int64_t rows_per_chunk(int64_t rows, int64_t n) {
+  int64_t least = 16384 / n > 4 ? 16384 / n : 4, even = (rows + 127) / 128;
+  return least > even ? least : even;
+}
+
+template <bool kCentred, bool kSums, class X, class O>
+JAXEXT_INLINE void backward_row(const NormBackwardArgs& a, int64_t i, const float* scale, float* dscale, float* dbias) {
+  const int64_t n = a.features;
+  const X* x = static_cast<const X*>(a.x.data) + i * n;
+  const O* grad = static_cast<const O*>(a.grad.data) + i * n;
+  const vf mean = splat(kCentred ? a.mean[i] : 0.f), rstd = splat(a.rstd[i]);
+  Sums along, total;
+  over_row(n, JAXEXT_BODY {
+    vf g = part.get(grad + j), normal = (part.get(x + j) - mean) * rstd, scaled = g * part.get(scale + j);
+    along.part[k] = fma(scaled, normal, along.part[k]);
+    if constexpr (kCentred) total.part[k] += scaled;
+    if constexpr (kSums) {
+      part.put(dscale + j, fma(g, normal, part.get(dscale + j)));
+      if (dbias) part.put(dbias + j, g + part.get(dbias + j));
+    }
+  });
+  const float share = 1.f / static_cast<float>(n);
+  const vf slope = splat(along.total() * share), shift = splat(kCentred ? total.total() * share : 0.f);
+  X* dx = static_cast<X*>(a.dx.data) + i * n;
+  const X* grad_sum = a.grad_sum.data ? static_cast<const X*>(a.grad_sum.data) + i * n : nullptr;
+  over_row(n, JAXEXT_BODY {
+    prefetch(x + n + j);
+    prefetch(grad + n + j);
+    vf normal = (part.get(x + j) - mean) * rstd, scaled = part.get(grad + j) * part.get(scale + j);
+    vf d = rstd * (scaled - shift - normal * slope);
+    if (grad_sum) d += part.get(grad_sum + j);
+    part.put(dx + j, d);
+  });
+}
+
+// to = the sum of `chunks` rows `stride` apart, in order.
+void add_chunks(const float* partial, int64_t chunks, int64_t stride, int64_t n, const Parallel& par, float* to) {
+  constexpr int64_t kBlock = 256;
+  parallel_for(threads_for(par, chunks * n), (n + kBlock - 1) / kBlock, [&](int64_t block) {
+    const int64_t first = block * kBlock, count = n - first < kBlock ? n - first : kBlock;
+    over_row(count, JAXEXT_BODY {
+      vf sum = {};
+      for (int64_t c = 0; c < chunks; c++) sum += part.get(partial + c * stride + first + j);
+      part.put(to + first + j, sum);
+    });
+  });
+}
+
+template <bool kCentred, class X, class O>
+void backward_rows(const NormBackwardArgs& a, const Parallel& par) {
+  const int64_t n = a.features, step = rows_per_chunk(a.rows, n), chunks = (a.rows + step - 1) / step;
+  const bool sums = a.dscale || a.dbias;
+  const int64_t stride = sums ? 2 * n : 0;
+  float* scale = static_cast<float*>(thread_arena((n + chunks * stride) * sizeof(float)));
+  float* partials = scale + n;
+  widen_parameter(a.scale, n, a.scale_offset, 1.f + a.scale_offset, scale);
+  parallel_for(threads_for(par, a.rows * n), chunks, [&](int64_t c) {
+    float* dscale = partials + c * stride;
+    float* dbias = a.dbias ? dscale + n : nullptr;
+    __builtin_memset(dscale, 0, (a.dbias ? 2 : 1) * (stride / 2) * sizeof(float));
+    const int64_t end = (c + 1) * step < a.rows ? (c + 1) * step : a.rows;
+    for (int64_t i = c * step; i < end; i++) {
+      if (sums) backward_row<kCentred, true, X, O>(a, i, scale, dscale, dbias);
+      else backward_row<kCentred, false, X, O>(a, i, scale, nullptr, nullptr);
+    }
+  });
+  if (a.dscale) add_chunks(partials, chunks, stride, n, par, a.dscale);
+  if (a.dbias) add_chunks(partials + n, chunks, stride, n, par, a.dbias);
+}
+
+template <bool kCentred, class X>
+void forward_for(const NormForwardArgs& a, const Parallel& par) {
+  a.out.bf16 ? forward_rows<kCentred, X, bf16>(a, par) : forward_rows<kCentred, X, float>(a, par);
+}
+
+template <bool kCentred, class X>
+void backward_for(const NormBackwardArgs& a, const Parallel& par) {
+  a.grad.bf16 ? backward_rows<kCentred, X, bf16>(a, par) : backward_rows<kCentred, X, float>(a, par);
+}
+
+}  // namespace
+
+void layer_norm_forward(const NormForwardArgs& a, const Parallel& par) {
+  a.x.bf16 ? forward_for<true, bf16>(a, par) : forward_for<true, float>(a, par);
+}
+void rms_norm_forward(const NormForwardArgs& a, const Parallel& par) {
+  a.x.bf16 ? forward_for<false, bf16>(a, par) : forward_for<false, float>(a, par);
+}
+void layer_norm_backward(const NormBackwardArgs& a, const Parallel& par) {
+  a.x.bf16 ? backward_for<true, bf16>(a, par) : backward_for<true, float>(a, par);
+}
+void rms_norm_backward(const NormBackwardArgs& a, const Parallel& par) {
+  a.x.bf16 ? backward_for<false, bf16>(a, par) : backward_for<false, float>(a, par);
+}
+
+}  // namespace jaxext::JAXEXT_ISA
+#endif  // JAXEXT_KERNEL
