@@ -1,0 +1,37 @@
+# make ab    own virtual environment, install, then the A/B speed test of a GPT against stock JAX
+# make test  the same environment with test tools: ruff, pyright, the suite
+# Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default).
+
+SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c "$(SUITABLE)" 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+JAX_VERSION ?=
+PIN := $(if $(JAX_VERSION),"jax==$(JAX_VERSION)" "jaxlib==$(JAX_VERSION)")
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(shell find native jaxext -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
+	-o -name '*.inc' -o -name CMakeLists.txt)
+
+.PHONY: ab test check clean
+
+ab: $(VENV)/ab.stamp
+	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
+
+test: $(VENV)/test.stamp check
+	$(BIN)/pytest
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[$*]" $(PIN)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
