@@ -24,7 +24,7 @@ import jax
 from jax.extend import core as jex_core
 
 try:
-    from jax._src import api_util, core, pjit, source_info_util, traceback_util
+    from jax._src import api_util, core, dispatch, pjit, source_info_util, traceback_util
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
     from jax._src.sharding_impls import UnspecifiedValue
@@ -58,6 +58,11 @@ def close_like(jaxpr: Any, closed: Any) -> Any:
 
 def is_jaxpr(x: Any) -> bool:
     return isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr))
+
+
+def lower_with_devices(primitive: Any) -> None:
+    """Asks JAX to tell the lowering of `primitive` which devices the program spans."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 def is_plain_call(eqn: Any) -> bool:
@@ -154,6 +159,11 @@ def out_types(jaxpr: Any) -> list[Any]:
 def trace_state_clean() -> bool:
     """True outside of every JAX transformation."""
     return core.trace_state_clean()
+
+
+def backends_started() -> bool:
+    """True once JAX has started its devices' threads, which the first computation does."""
+    return xla_bridge.backends_are_initialized()
 
 
 # ---------------------------------------------------------------- hooks

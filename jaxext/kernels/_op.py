@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxext import _jax_compat
 from jaxext.kernels import _native_module, _sharding
 
 __all__ = ["ArgSpec", "Op", "Role", "derive", "native_status"]
@@ -53,6 +54,7 @@ class Op:
       name: the op's name.
       reference: (*operands, **params) -> outputs, in plain JAX. None for a backward op, whose reference `derive` makes.
       target: the FFI target without its `jaxext_` prefix.
+      core_rank: dimensions of operand 0 that are the op's own; those before them are the batch.
       attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays).
       roles: (n_operands, **params) -> one Role per operand.
       refuses: (*avals, **params) -> None where the kernel takes the call, else the reason (the reference runs).
@@ -67,6 +69,7 @@ class Op:
         reference: Reference | None,
         *,
         target: str,
+        core_rank: int,
         attributes: Callable[..., Mapping[str, Any]],
         roles: Callable[..., Sequence[Role]],
         refuses: Callable[..., str | None],
@@ -75,6 +78,7 @@ class Op:
     ) -> None:
         self.name, self.target, self.specs = name, f"jaxext_{target}", tuple(specs)
         self.attributes, self.roles, self.check = attributes, roles, check
+        self.core_rank = core_rank
         self._refuses = refuses
         self._reference = reference
         self.backward: Op | None = None
@@ -82,14 +86,15 @@ class Op:
         self.output_roles: Callable[..., Sequence[Role]] = lambda n_outputs, **_: ("full",) * n_outputs
         self.primitive = _primitive(f"jaxext_{name}", self._abstract, self._lower)
         mlir.register_lowering(self.primitive, self._lower_native, platform="cpu")
+        _jax_compat.lower_with_devices(self.primitive)
         ad.primitive_jvps[self.primitive] = functools.partial(_reference_jvp, self)
         batching.primitive_batchers[self.primitive] = functools.partial(_batch, self)
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
 
-    def __call__(self, *operands: Any, **params: Any) -> list[jax.Array]:
-        return self.primitive.bind(*operands, **params)
+    def __call__(self, *operands: Any, **params: Any) -> tuple[jax.Array, ...]:
+        return tuple(self.primitive.bind(*operands, **params))
 
     def reference(self, *operands: Any, **params: Any) -> Sequence[jax.Array]:
         """The specification, in plain JAX."""
@@ -99,6 +104,10 @@ class Op:
     def refusal(self, *avals: Any, **params: Any) -> str | None:
         """None where the native kernel takes this call on CPU, else the reason why the reference runs."""
         return native_status() or self._refuses(*avals, **params)
+
+    def leading(self, aval: Any) -> int:
+        """The number of batch dimensions, read off the first operand."""
+        return len(aval.shape) - self.core_rank
 
     def _abstract(self, *avals: Any, **params: Any) -> Sequence[Any]:
         if self.check is not None:
@@ -113,11 +122,24 @@ class Op:
     def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
         if self.refusal(*ctx.avals_in, **params) is not None:
             return self._lower(ctx, *args, **params)
-        extra = _sharding.attributes(ctx, self.roles(len(args), **params), self.output_roles(len(ctx.avals_out), **params))
-        if extra is None:
-            return self._lower(ctx, *args, **params)
-        lowering = jax.ffi.ffi_lowering(self.target, **({"extra_attributes": extra} if extra else {}))
-        return lowering(ctx, *args, **self.attributes(**params))
+        if _sharding.spans_devices(ctx):
+            return mlir.lower_fun(self._partitioned(ctx, params), multiple_results=True)(ctx, *args)
+        return jax.ffi.ffi_lowering(self.target)(ctx, *args, **self.attributes(**params))
+
+    def _partitioned(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> Callable[..., Any]:
+        avals = (*ctx.avals_in, *ctx.avals_out)
+        return _sharding.partitioned(
+            _bound(self, tuple(sorted(params.items()))),
+            self.leading(ctx.avals_in[0]),
+            tuple(self.roles(len(ctx.avals_in), **params)),
+            tuple(self.output_roles(len(ctx.avals_out), **params)),
+            tuple(aval.shape for aval in avals),
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(op: Op, params: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[jax.Array, ...]]:
+    return lambda *xs: op(*xs, **dict(params))
 
 
 def _primitive(name: str, abstract: Callable[..., Any], lower: Callable[..., Any]) -> Primitive:
@@ -137,16 +159,18 @@ def _primitive(name: str, abstract: Callable[..., Any], lower: Callable[..., Any
 @functools.lru_cache(maxsize=4096)
 def _traced_avals(op: Op, avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> Sequence[Any]:
     outs = jax.eval_shape(lambda *xs: tuple(op.reference(*xs, **dict(params))), *map(_struct, avals))
-    return tuple(_like(avals[0], out.shape, out.dtype) for out in outs)
+    roles = op.output_roles(len(outs), **dict(params))
+    return tuple(_like(op, avals[0], role, out.shape, out.dtype) for out, role in zip(outs, roles))
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """An aval of another shape that varies over the same manual mesh axes."""
-    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=_sharding.resized(aval, len(shape)))
+def _like(op: Op, aval: Any, role: Role, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An aval of another shape that varies over the same mesh axes as the op's first operand."""
+    leading = 0 if role == "shared" else min(op.leading(aval), len(shape))
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=_sharding.resized(aval, leading, len(shape)))
 
 
 def _zeros_like(x: Any) -> Any:
@@ -227,7 +251,8 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
         return jax.vjp(run, *(operands[i] for i in wrt))[1](tuple(cotangents))
 
     def backward_avals(*avals: Any, wrt: tuple[int, ...], **params: Any) -> Sequence[Any]:
-        return tuple(_like(avals[0], avals[i].shape, avals[i].dtype) for i in wrt)
+        roles = output_roles(len(wrt), wrt=wrt, **params)
+        return tuple(_like(forward, avals[0], r, avals[i].shape, avals[i].dtype) for r, i in zip(roles, wrt))
 
     def output_roles(n_outputs: int, *, wrt: tuple[int, ...], **params: Any) -> Sequence[Role]:
         roles = forward.roles(max(wrt, default=0) + 1, **params)
