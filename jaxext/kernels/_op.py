@@ -82,6 +82,7 @@ class Op:
         self._refuses = refuses
         self._reference = reference
         self.backward: Op | None = None
+        self.outputs: tuple[int, ...] = (0,)
         self.out_avals: Callable[..., Sequence[Any]] | None = None
         self.output_roles: Callable[..., Sequence[Role]] = lambda n_outputs, **_: ("full",) * n_outputs
         self.primitive = _primitive(f"jaxext_{name}", self._abstract, self._lower)
@@ -224,7 +225,7 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
       outputs: indices of forward outputs that are differentiable; the others (residuals such as a log-sum-exp) must
         not reach the user.
     """
-    forward.backward = backward
+    forward.backward, forward.outputs = backward, tuple(outputs)
     n_saved, n_cotangents = len(saved), len(outputs)
     linear = _linear_primitive(forward, saved, outputs)
 

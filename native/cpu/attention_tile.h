@@ -25,8 +25,10 @@ struct Paired {
 };
 #endif
 
-// A tile of kRows x kTileVectors accumulators, its operands and one spare fill the register file.
+// A tile of kRows x kTileVectors accumulators, its operands and one spare fill the register file. What kRows does not
+// divide ends in tiles of kFewRows (64 = 10 * 6 + 4, 128 = 20 * 6 + 2 * 4).
 constexpr int kRows = 6;
+constexpr int kFewRows = 4;
 #if defined(__AVX512F__)
 constexpr int kTileVectors = 4;
 #else
@@ -76,17 +78,17 @@ JAXEXT_INLINE vf broadcast(const float* word) {
 }
 
 // steps >= 1: a loop that may run zero times costs copies of all accumulators around it.
-template <class Mode, int kVectors>
-JAXEXT_INLINE void multiply_steps(vf (&acc)[kRows][kVectors], Left a, Right b, int64_t steps) {
+template <class Mode, int kHeight, int kVectors>
+JAXEXT_INLINE void multiply_steps(vf (&acc)[kHeight][kVectors], Left a, Right b, int64_t steps) {
   const float* top = a.data;
-  const float* low = a.data + 3 * a.row;
+  const float* low = a.data + 3 * a.row;  // two pointers: x86 addresses base + {0, 1, 2} * row each
   const float* right = b.data;
   do {
     vf y[kVectors];
     JAXEXT_UNROLL
     for (int v = 0; v < kVectors; v++) y[v] = load(right + v * kLanes);
     JAXEXT_UNROLL
-    for (int r = 0; r < kRows; r++) {
+    for (int r = 0; r < kHeight; r++) {
       vf x = broadcast(r < 3 ? top + r * a.row : low + (r - 3) * a.row);
       JAXEXT_UNROLL
       for (int v = 0; v < kVectors; v++) acc[r][v] = multiply_add<Mode>(x, y[v], acc[r][v]);
@@ -97,40 +99,40 @@ JAXEXT_INLINE void multiply_steps(vf (&acc)[kRows][kVectors], Left a, Right b, i
   } while (--steps);
 }
 
-// out[kRows][kVectors * kLanes] (+)= a b. Out of line, so that nothing of the caller's competes for registers.
-template <class Mode, int kVectors, bool kAccumulate>
+// out[kHeight][kVectors * kLanes] (+)= a b. Out of line, so that nothing of the caller's competes for registers.
+template <class Mode, int kHeight, int kVectors, bool kAccumulate>
 JAXEXT_NOINLINE void multiply_tile(float* out, int64_t out_row, Left a, Right b, int64_t steps) {
-  vf acc[kRows][kVectors];
+  vf acc[kHeight][kVectors];
   JAXEXT_UNROLL
-  for (int r = 0; r < kRows; r++) {
+  for (int r = 0; r < kHeight; r++) {
     JAXEXT_UNROLL
     for (int v = 0; v < kVectors; v++) acc[r][v] = kAccumulate ? load(out + r * out_row + v * kLanes) : vf{};
   }
-  multiply_steps<Mode, kVectors>(acc, a, b, steps);
+  multiply_steps<Mode, kHeight, kVectors>(acc, a, b, steps);
   JAXEXT_UNROLL
-  for (int r = 0; r < kRows; r++) {
+  for (int r = 0; r < kHeight; r++) {
     JAXEXT_UNROLL
     for (int v = 0; v < kVectors; v++) store(out + r * out_row + v * kLanes, acc[r][v]);
   }
 }
 
-template <class Mode, bool kAccumulate>
+template <class Mode, int kHeight, bool kAccumulate>
 JAXEXT_INLINE void multiply_narrow(int vectors, float* out, int64_t out_row, Left a, Right b, int64_t steps) {
-  if (vectors == 1) return multiply_tile<Mode, 1, kAccumulate>(out, out_row, a, b, steps);
-  if (vectors == 2) return multiply_tile<Mode, 2, kAccumulate>(out, out_row, a, b, steps);
+  if (vectors == 1) return multiply_tile<Mode, kHeight, 1, kAccumulate>(out, out_row, a, b, steps);
+  if (vectors == 2) return multiply_tile<Mode, kHeight, 2, kAccumulate>(out, out_row, a, b, steps);
 #if defined(__AVX512F__)
-  if (vectors == 3) return multiply_tile<Mode, 3, kAccumulate>(out, out_row, a, b, steps);
-  multiply_tile<Mode, 4, kAccumulate>(out, out_row, a, b, steps);
+  if (vectors == 3) return multiply_tile<Mode, kHeight, 3, kAccumulate>(out, out_row, a, b, steps);
+  multiply_tile<Mode, kHeight, 4, kAccumulate>(out, out_row, a, b, steps);
 #endif
 }
 
-// out[kRows][width] += a b, width a multiple of kLanes, in tiles of nearly equal width.
-template <class Mode>
+// out[kHeight][width] += a b, width a multiple of kLanes, in tiles of nearly equal width.
+template <class Mode, int kHeight = kRows>
 static void accumulate_product(float* out, int64_t out_row, Left a, Right b, int64_t steps, int64_t width) {
   int64_t vectors = width / kLanes;
   for (int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors; tiles > 0; tiles--) {
     int64_t n = (vectors + tiles - 1) / tiles;
-    multiply_narrow<Mode, true>(static_cast<int>(n), out, out_row, a, b, steps);
+    multiply_narrow<Mode, kHeight, true>(static_cast<int>(n), out, out_row, a, b, steps);
     vectors -= n;
     out += n * kLanes;
     b.data += n * kLanes;
@@ -145,7 +147,7 @@ static void panel_product(float* out, int64_t out_row, Left a, const float* pane
     int64_t inside = c % kPanel;
     int64_t n = least(kPanel - inside, last - c);
     Right b{panels + (c - inside) * steps + inside, kPanel};
-    multiply_narrow<Mode, false>(static_cast<int>(n / kLanes), out + c, out_row, a, b, steps);
+    multiply_narrow<Mode, kRows, false>(static_cast<int>(n / kLanes), out + c, out_row, a, b, steps);
     c += n;
   }
 }
@@ -157,10 +159,11 @@ JAXEXT_INLINE vf exp2_fast(vf x) {
 #if defined(__AVX512F__)
   vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-  x = max(splat(-127.f), x);
 #if defined(__AVX2__)
+  x = (vf)_mm256_max_ps((__m256)splat(-127.f), (__m256)x);  // NaN is kept: it is the second operand
   vf n = (vf)_mm256_floor_ps((__m256)x);
 #else
+  x = (vf)_mm_max_ps((__m128)splat(-127.f), (__m128)x);
   vf n = (vf)_mm_floor_ps((__m128)x);
 #endif
   vf f = x - n;
