@@ -24,7 +24,7 @@ import jax
 from jax.extend import core as jex_core
 
 try:
-    from jax._src import api_util, core, dispatch, pjit, source_info_util, traceback_util
+    from jax._src import api_util, core, dispatch, pjit, source_info_util, traceback_util, xla_bridge
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
     from jax._src.sharding_impls import UnspecifiedValue
