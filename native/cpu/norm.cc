@@ -52,6 +52,7 @@ void forward_rows(const NormForwardArgs& a, const Parallel& par) {
   float* bias = scale + n;
   widen_parameter(a.scale, n, a.scale_offset, 1.f + a.scale_offset, scale);
   widen_parameter(a.bias, n, 0.f, 0.f, bias);
+  const bool stream = past_caches(static_cast<const O*>(a.out.data), a.rows, n);
   const int64_t step = kSerialElements / 2 / n + 1, tasks = (a.rows + step - 1) / step;
   parallel_for(threads_for(par, a.rows * n), tasks, [&](int64_t task) {
     const int64_t end = (task + 1) * step < a.rows ? (task + 1) * step : a.rows;
@@ -69,11 +70,12 @@ void forward_rows(const NormForwardArgs& a, const Parallel& par) {
       over_row(n, JAXEXT_BODY {
         prefetch(next + j);
         vf normal = (part.get(x + j) - splat(s.mean)) * splat(s.rstd);
-        part.put(out + j, fma(normal, part.get(scale + j), part.get(bias + j)));
+        part.put(out + j, fma(normal, part.get(scale + j), part.get(bias + j)), stream);
       });
       if (kCentred) a.mean[i] = s.mean;
       a.rstd[i] = s.rstd;
     }
+    finish_stores(stream);
   });
 }
 
@@ -84,7 +86,8 @@ int64_t rows_per_chunk(int64_t rows, int64_t n) {
 }
 
 template <bool kCentred, bool kSums, class X, class O>
-JAXEXT_INLINE void backward_row(const NormBackwardArgs& a, int64_t i, const float* scale, float* dscale, float* dbias) {
+JAXEXT_INLINE void backward_row(const NormBackwardArgs& a, int64_t i, const float* scale, float* dscale, float* dbias,
+                                bool stream) {
   const int64_t n = a.features;
   const X* x = static_cast<const X*>(a.x.data) + i * n;
   const O* grad = static_cast<const O*>(a.grad.data) + i * n;
@@ -99,6 +102,7 @@ JAXEXT_INLINE void backward_row(const NormBackwardArgs& a, int64_t i, const floa
       if (dbias) part.put(dbias + j, g + part.get(dbias + j));
     }
   });
+  if (!a.dx.data) return;
   const float share = 1.f / static_cast<float>(n);
   const vf slope = splat(along.total() * share), shift = splat(kCentred ? total.total() * share : 0.f);
   X* dx = static_cast<X*>(a.dx.data) + i * n;
@@ -109,12 +113,13 @@ JAXEXT_INLINE void backward_row(const NormBackwardArgs& a, int64_t i, const floa
     vf normal = (part.get(x + j) - mean) * rstd, scaled = part.get(grad + j) * part.get(scale + j);
     vf d = rstd * (scaled - shift - normal * slope);
     if (grad_sum) d += part.get(grad_sum + j);
-    part.put(dx + j, d);
+    part.put(dx + j, d, stream);
   });
 }
 
 // to = the sum of `chunks` rows `stride` apart, in order.
-void add_chunks(const float* partial, int64_t chunks, int64_t stride, int64_t n, const Parallel& par, float* to) {
+template <class T>
+void add_chunks(const float* partial, int64_t chunks, int64_t stride, int64_t n, const Parallel& par, T* to) {
   constexpr int64_t kBlock = 256;
   parallel_for(threads_for(par, chunks * n), (n + kBlock - 1) / kBlock, [&](int64_t block) {
     const int64_t first = block * kBlock, count = n - first < kBlock ? n - first : kBlock;
@@ -126,26 +131,32 @@ void add_chunks(const float* partial, int64_t chunks, int64_t stride, int64_t n,
   });
 }
 
+void add_chunks_to(NormBuffer to, const float* partial, int64_t chunks, int64_t stride, int64_t n, const Parallel& par) {
+  if (to.data && to.bf16) add_chunks(partial, chunks, stride, n, par, static_cast<bf16*>(to.data));
+  if (to.data && !to.bf16) add_chunks(partial, chunks, stride, n, par, static_cast<float*>(to.data));
+}
+
 template <bool kCentred, class X, class O>
 void backward_rows(const NormBackwardArgs& a, const Parallel& par) {
   const int64_t n = a.features, step = rows_per_chunk(a.rows, n), chunks = (a.rows + step - 1) / step;
-  const bool sums = a.dscale || a.dbias;
+  const bool sums = a.dscale.data || a.dbias.data, stream = past_caches(static_cast<const X*>(a.dx.data), a.rows, n);
   const int64_t stride = sums ? 2 * n : 0;
   float* scale = static_cast<float*>(thread_arena((n + chunks * stride) * sizeof(float)));
   float* partials = scale + n;
   widen_parameter(a.scale, n, a.scale_offset, 1.f + a.scale_offset, scale);
   parallel_for(threads_for(par, a.rows * n), chunks, [&](int64_t c) {
     float* dscale = partials + c * stride;
-    float* dbias = a.dbias ? dscale + n : nullptr;
-    __builtin_memset(dscale, 0, (a.dbias ? 2 : 1) * (stride / 2) * sizeof(float));
+    float* dbias = a.dbias.data ? dscale + n : nullptr;
+    __builtin_memset(dscale, 0, stride * sizeof(float));
     const int64_t end = (c + 1) * step < a.rows ? (c + 1) * step : a.rows;
     for (int64_t i = c * step; i < end; i++) {
-      if (sums) backward_row<kCentred, true, X, O>(a, i, scale, dscale, dbias);
-      else backward_row<kCentred, false, X, O>(a, i, scale, nullptr, nullptr);
+      if (sums) backward_row<kCentred, true, X, O>(a, i, scale, dscale, dbias, stream);
+      else backward_row<kCentred, false, X, O>(a, i, scale, nullptr, nullptr, stream);
     }
+    finish_stores(stream);
   });
-  if (a.dscale) add_chunks(partials, chunks, stride, n, par, a.dscale);
-  if (a.dbias) add_chunks(partials + n, chunks, stride, n, par, a.dbias);
+  add_chunks_to(a.dscale, partials, chunks, stride, n, par);
+  add_chunks_to(a.dbias, partials + n, chunks, stride, n, par);
 }
 
 template <bool kCentred, class X>
@@ -175,3 +186,153 @@ void rms_norm_backward(const NormBackwardArgs& a, const Parallel& par) {
 
 }  // namespace jaxext::JAXEXT_ISA
 #endif  // JAXEXT_KERNEL
+
+#ifdef JAXEXT_HANDLER
+#include "ffi.h"
+
+JAXEXT_DECLARE(layer_norm_forward, NormForwardArgs)
+JAXEXT_DECLARE(rms_norm_forward, NormForwardArgs)
+JAXEXT_DECLARE(layer_norm_backward, NormBackwardArgs)
+JAXEXT_DECLARE(rms_norm_backward, NormBackwardArgs)
+
+namespace jaxext {
+namespace {
+
+// Takes operands (or results) in order, checks each and keeps the first complaint.
+struct Reader {
+  const char* op;
+  ffi::Span<const int64_t> shape;  // of x
+  ffi::Error error = ffi::Error::Success();
+
+  template <class Buffer>
+  NormBuffer read(const Buffer& buffer, const char* name, bool rowwise) {
+    const auto dims = buffer.dimensions();
+    const size_t rank = shape.size(), least = rowwise ? 0 : rank - 1;
+    bool same = dims.size() == rank - least && is_float(buffer.element_type());
+    for (size_t d = least; same && d < rank; d++) same = dims[d - least] == shape[d];
+    if (!same && error.success())
+      error = bad_argument(op, name, "f32 or bf16 of shape " + shape_text(shape) + (rowwise ? "" : "'s last dimension"));
+    return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
+  }
+
+  template <class Buffer>
+  float* statistic(const Buffer& buffer, const char* name) {
+    const auto dims = buffer.dimensions();
+    bool same = dims.size() + 1 == shape.size() && buffer.element_type() == ffi::DataType::F32;
+    for (size_t d = 0; same && d < dims.size(); d++) same = dims[d] == shape[d];
+    if (!same && error.success()) error = bad_argument(op, name, "f32 of x's shape without its last dimension");
+    return static_cast<float*>(buffer.untyped_data());
+  }
+};
+
+// Operands: x, [residual], [scale], [bias]. Results: out, [sum], [mean], rstd.
+template <bool kCentred>
+ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, float epsilon,
+                   float scale_offset, bool has_residual, bool has_scale, bool has_bias) {
+  const char* op = kCentred ? "layer_norm" : "rms_norm";
+  const size_t n_args = 1 + has_residual + has_scale + has_bias, n_rets = 2 + has_residual + kCentred;
+  if (args.size() != n_args || rets.size() != n_rets) return bad_argument(op, "x", "followed by what the flags name");
+  const auto first = args.get<ffi::AnyBuffer>(0);
+  if (!first.has_value() || first->dimensions().size() < 1) return bad_argument(op, "x", "an array of rank 1 or more");
+  Reader reader{op, first->dimensions()};
+  size_t arg = 0, ret = 0;
+  auto in = [&](const char* name, bool rowwise) { return reader.read(*args.get<ffi::AnyBuffer>(arg++), name, rowwise); };
+  auto out = [&](const char* name) { return reader.read(**rets.get<ffi::AnyBuffer>(ret++), name, true); };
+  NormForwardArgs a{};
+  a.x = in("x", true);
+  if (has_residual) a.residual = in("residual", true);
+  if (has_scale) a.scale = in("scale", false);
+  if (has_bias) a.bias = in("bias", false);
+  a.out = out("out");
+  if (has_residual) a.sum = out("sum");
+  if (kCentred) a.mean = reader.statistic(**rets.get<ffi::AnyBuffer>(ret++), "mean");
+  a.rstd = reader.statistic(**rets.get<ffi::AnyBuffer>(ret++), "rstd");
+  if (reader.error.failure()) return reader.error;
+  if (has_residual && (a.residual.bf16 != a.x.bf16 || a.sum.bf16 != a.x.bf16))
+    return bad_argument(op, "residual", "of x's type");
+  const auto dims = first->dimensions();
+  a.features = dims[dims.size() - 1];
+  a.rows = product(dims, 0, dims.size() - 1);
+  a.epsilon = epsilon;
+  a.scale_offset = scale_offset;
+  if (a.rows == 0 || a.features == 0) return ffi::Error::Success();
+  const Parallel par = parallel(pool);
+  if (kCentred) JAXEXT_DISPATCH(layer_norm_forward)(a, par);
+  else JAXEXT_DISPATCH(rms_norm_forward)(a, par);
+  return ffi::Error::Success();
+}
+
+// Operands: x, [scale], [bias], [mean], rstd, grad, [grad_sum]. Results: [dx], [dscale], [dbias].
+template <bool kCentred>
+ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, float scale_offset,
+                    bool has_scale, bool has_bias, bool has_grad_sum, bool wants_dx, bool wants_dscale,
+                    bool wants_dbias) {
+  const char* op = kCentred ? "layer_norm_backward" : "rms_norm_backward";
+  const size_t n_args = 3 + has_scale + has_bias + kCentred + has_grad_sum;
+  const size_t n_rets = static_cast<size_t>(wants_dx) + wants_dscale + wants_dbias;
+  if (args.size() != n_args || rets.size() != n_rets) return bad_argument(op, "x", "followed by what the flags name");
+  const auto first = args.get<ffi::AnyBuffer>(0);
+  if (!first.has_value() || first->dimensions().size() < 1) return bad_argument(op, "x", "an array of rank 1 or more");
+  Reader reader{op, first->dimensions()};
+  size_t arg = 0, ret = 0;
+  auto in = [&](const char* name, bool rowwise) { return reader.read(*args.get<ffi::AnyBuffer>(arg++), name, rowwise); };
+  auto out = [&](const char* name, bool rowwise) {
+    return reader.read(**rets.get<ffi::AnyBuffer>(ret++), name, rowwise);
+  };
+  auto statistic = [&](const char* name) { return reader.statistic(*args.get<ffi::AnyBuffer>(arg++), name); };
+  NormBackwardArgs a{};
+  a.x = in("x", true);
+  if (has_scale) a.scale = in("scale", false);
+  if (has_bias) in("bias", false);
+  if (kCentred) a.mean = statistic("mean");
+  a.rstd = statistic("rstd");
+  a.grad = in("grad", true);
+  if (has_grad_sum) a.grad_sum = in("grad_sum", true);
+  if (wants_dx) a.dx = out("dx", true);
+  if (wants_dscale) a.dscale = out("dscale", false);
+  if (wants_dbias) a.dbias = out("dbias", false);
+  if (reader.error.failure()) return reader.error;
+  if ((wants_dx && a.dx.bf16 != a.x.bf16) || (has_grad_sum && a.grad_sum.bf16 != a.x.bf16))
+    return bad_argument(op, "grad_sum", "of x's type, as dx is");
+  const auto dims = first->dimensions();
+  a.features = dims[dims.size() - 1];
+  a.rows = product(dims, 0, dims.size() - 1);
+  a.scale_offset = scale_offset;
+  if (a.features == 0) return ffi::Error::Success();
+  const Parallel par = parallel(pool);
+  if (kCentred) JAXEXT_DISPATCH(layer_norm_backward)(a, par);
+  else JAXEXT_DISPATCH(rms_norm_backward)(a, par);
+  return ffi::Error::Success();
+}
+
+#define JAXEXT_FORWARD_BINDING   \
+  xla::ffi::Ffi::Bind()             \
+      .Ctx<xla::ffi::ThreadPool>()    \
+      .RemainingArgs()           \
+      .RemainingRets()           \
+      .Attr<float>("epsilon")    \
+      .Attr<float>("scale_offset") \
+      .Attr<bool>("has_residual") \
+      .Attr<bool>("has_scale")   \
+      .Attr<bool>("has_bias")
+#define JAXEXT_BACKWARD_BINDING  \
+  xla::ffi::Ffi::Bind()             \
+      .Ctx<xla::ffi::ThreadPool>()    \
+      .RemainingArgs()           \
+      .RemainingRets()           \
+      .Attr<float>("scale_offset") \
+      .Attr<bool>("has_scale")   \
+      .Attr<bool>("has_bias")    \
+      .Attr<bool>("has_grad_sum") \
+      .Attr<bool>("wants_dx")    \
+      .Attr<bool>("wants_dscale") \
+      .Attr<bool>("wants_dbias")
+
+}  // namespace
+}  // namespace jaxext
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_layer_norm, jaxext::forward<true>, JAXEXT_FORWARD_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_rms_norm, jaxext::forward<false>, JAXEXT_FORWARD_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_layer_norm_backward, jaxext::backward<true>, JAXEXT_BACKWARD_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_rms_norm_backward, jaxext::backward<false>, JAXEXT_BACKWARD_BINDING);
+#endif  // JAXEXT_HANDLER

@@ -25,8 +25,8 @@ struct NormBackwardArgs {
   NormBuffer grad_sum;          // cotangent of x itself where x is also an output (residual add), in x's type
   NormBuffer scale;             // [features]
   const float *mean, *rstd;     // [rows]
-  NormBuffer dx;                // [rows, features], in x's type
-  float *dscale, *dbias;        // [features], null where not wanted
+  NormBuffer dx;                // [rows, features], in x's type; this and the next two absent where not wanted
+  NormBuffer dscale, dbias;     // [features]
   int64_t rows, features;
   float scale_offset;
 };

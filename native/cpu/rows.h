@@ -4,11 +4,46 @@
 
 namespace jaxext::JAXEXT_ISA {
 
+// Stores that do not read the line they write: for results too large for any cache. p is aligned to a register.
+JAXEXT_INLINE void store_past_caches(float* p, vf x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  _mm_stream_ps(p, (__m128)x);
+#endif
+}
+JAXEXT_INLINE void store_past_caches(bf16* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)narrow(x));
+#else
+  store(p, x);
+#endif
+}
+
+// Whether rows of n values at p should be stored past the caches: they exceed half of a large one, and are aligned.
+template <class T>
+JAXEXT_INLINE bool past_caches(const T* p, int64_t rows, int64_t n) {
+  constexpr int64_t kBytes = int64_t{16} << 20;
+  const int64_t row = n * static_cast<int64_t>(sizeof(T));
+  return rows * row >= kBytes && row % 64 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+// Orders stores past the caches before whatever tells another thread that they are done.
+JAXEXT_INLINE void finish_stores(bool past_caches) {
+  if (past_caches) _mm_sfence();
+}
+
 struct Full {
   template <class T>
   JAXEXT_INLINE vf get(const T* p, float = 0.f) const { return load(p); }
   template <class T>
-  JAXEXT_INLINE void put(T* p, vf x) const { store(p, x); }
+  JAXEXT_INLINE void put(T* p, vf x, bool past_caches = false) const {
+    past_caches ? store_past_caches(p, x) : store(p, x);
+  }
 };
 
 // The first n lanes only; the others read as `rest`.
@@ -17,7 +52,7 @@ struct First {
   template <class T>
   JAXEXT_INLINE vf get(const T* p, float rest = 0.f) const { return load_first(p, n, rest); }
   template <class T>
-  JAXEXT_INLINE void put(T* p, vf x) const { store_first(p, x, n); }
+  JAXEXT_INLINE void put(T* p, vf x, bool = false) const { store_first(p, x, n); }
 };
 
 // body(j, part, k) for every register of a row of n; k in [0, 4) says which of four accumulators to use.
