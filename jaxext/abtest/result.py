@@ -1,0 +1,141 @@
+"""What a test found, as plain values: what every report is made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from jaxext.abtest.host import Compilation
+from jaxext.abtest.parity import Parity
+from jaxext.abtest.settings import Setting
+from jaxext.abtest.timing import Ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class SideResult:
+    """One side: its setting, seconds of each timed step, and what compiling it took.
+
+    `share_of_peak`: stock's arithmetic divided by this side's time and the machine's measured peak.
+    """
+
+    label: str
+    setting: Setting
+    seconds: list[float]
+    compilation: Compilation
+    share_of_peak: float | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "setting": self.setting.to_dict(),
+            "median_seconds": self.median,
+            "seconds": self.seconds,
+            "share_of_peak": self.share_of_peak,
+            **dataclasses.asdict(self.compilation),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One further comparison; `ratio` None where it was not measured, and `note` says why."""
+
+    name: str
+    ratio: Ratio | None
+    reference_seconds: float | None = None
+    candidate_seconds: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **(self.ratio.to_dict() if self.ratio else {"ratio": None, "interval": None, "pairs": 0}),
+            "reference_seconds": self.reference_seconds,
+            "candidate_seconds": self.candidate_seconds,
+            "note": self.note,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome of one A/B test of a step.
+
+    `ratio`: reference time / candidate time, above 1 where jaxext is faster. `interval`: its 95% interval.
+    `contributions`: what each kernel brings, by excluding it. `memory`: what memory reuse brings, in processes of
+    their own. `replacements`: jaxext's own account (see jaxext.explain). `exit_code`: 0 agrees, 1 disagrees.
+    """
+
+    name: str
+    reference: SideResult
+    candidate: SideResult
+    speed: Ratio
+    parity: Parity
+    contributions: list[Row]
+    memory: list[Row]
+    replacements: dict[str, Any]
+    facts: dict[str, Any]
+    peaks: dict[str, float]
+    wiring: str
+    seed: int
+    elapsed: float
+    notes: list[str]
+
+    @property
+    def ratio(self) -> float:
+        return self.speed.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return self.speed.interval
+
+    @property
+    def losses_agree(self) -> bool:
+        return self.parity.losses_agree
+
+    @property
+    def agrees(self) -> bool:
+        return self.parity.agrees
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.agrees else 1
+
+    def counts(self) -> dict[str, int]:
+        """How many patterns were replaced, missed and left to stock JAX."""
+        return {key: len(self.replacements.get(key, [])) for key in ("replaced", "missed", "fallbacks")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON has."""
+        return {
+            "name": self.name,
+            "ratio": self.ratio,
+            "interval": list(self.interval) if self.interval else None,
+            "pairs": self.speed.pairs,
+            "agrees": self.agrees,
+            "reference": self.reference.to_dict(),
+            "candidate": self.candidate.to_dict(),
+            "parity": self.parity.to_dict(),
+            "contributions": [row.to_dict() for row in self.contributions],
+            "memory": [row.to_dict() for row in self.memory],
+            "replacements": self.replacements,
+            "facts": self.facts,
+            "peaks": self.peaks,
+            "wiring": self.wiring,
+            "seed": self.seed,
+            "elapsed_seconds": self.elapsed,
+            "notes": self.notes,
+        }
+
+    def __rich__(self) -> Any:
+        from jaxext.abtest.report import render
+
+        return render(self)
+
+    def __str__(self) -> str:
+        from jaxext.abtest.report import plain_text
+
+        return plain_text(self)
