@@ -207,7 +207,7 @@ def _batch(op: Op, operands: Sequence[Any], dims: Sequence[Any], **params: Any) 
     return outs, [0] * len(outs)
 
 
-def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence[int] = (0,)) -> None:
+def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence[int] = (0,)) -> Primitive:
     """Makes `forward` differentiable with `backward` as its native cotangent rule.
 
     Differentiating gives a linear primitive: evaluated (jvp, linearize, hessian) it is the reference's own derivative;
@@ -224,6 +224,9 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
       saved: indices of forward outputs that the backward kernel reads.
       outputs: indices of forward outputs that are differentiable; the others (residuals such as a log-sum-exp) must
         not reach the user.
+
+    Returns:
+      The linear primitive, for an op whose own rule feeds it: (*operands, *saved, *tangents, which=, **params).
     """
     forward.backward, forward.outputs = backward, tuple(outputs)
     n_saved, n_cotangents = len(saved), len(outputs)
@@ -267,6 +270,7 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
         *forward.roles(n - n_saved - n_cotangents, **params),
         *("full",) * (n_saved + n_cotangents),
     )
+    return linear
 
 
 def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int]) -> Primitive:
