@@ -5,6 +5,7 @@
 #include "../vec.h"
 
 namespace jaxext::JAXEXT_ISA {
+namespace {
 
 // Float32: f32 in memory. Widened: bf16 in memory, f32 when packed. Paired: bf16 in both.
 struct Float32 {
@@ -128,7 +129,7 @@ JAXEXT_INLINE void multiply_narrow(int vectors, float* out, int64_t out_row, Lef
 
 // out[kHeight][width] += a b, width a multiple of kLanes, in tiles of nearly equal width.
 template <class Mode, int kHeight = kRows>
-static void accumulate_product(float* out, int64_t out_row, Left a, Right b, int64_t steps, int64_t width) {
+void accumulate_product(float* out, int64_t out_row, Left a, Right b, int64_t steps, int64_t width) {
   int64_t vectors = width / kLanes;
   for (int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors; tiles > 0; tiles--) {
     int64_t n = (vectors + tiles - 1) / tiles;
@@ -141,7 +142,7 @@ static void accumulate_product(float* out, int64_t out_row, Left a, Right b, int
 
 // out[kRows][first, last) = a times panels of kPanel columns each; first and last are multiples of kLanes.
 template <class Mode>
-static void panel_product(float* out, int64_t out_row, Left a, const float* panels, int64_t steps, int64_t first,
+void panel_product(float* out, int64_t out_row, Left a, const float* panels, int64_t steps, int64_t first,
                           int64_t last) {
   for (int64_t c = first; c < last;) {
     int64_t inside = c % kPanel;
@@ -188,4 +189,5 @@ JAXEXT_INLINE vf exp2_fast(vf x) {
 #endif
 }
 
+}  // namespace
 }  // namespace jaxext::JAXEXT_ISA

@@ -1,0 +1,29 @@
+// Attention, forward and backward: kernels in attention_forward.h and attention_backward.h, handlers in
+// attention_handler.h.
+#ifdef JAXEXT_KERNEL
+#include "attention_backward.h"
+#include "attention_forward.h"
+
+namespace jaxext::JAXEXT_ISA {
+
+#if defined(__AVX512BF16__)
+typedef Paired Bfloat16;
+#else
+typedef Widened Bfloat16;
+#endif
+
+void attention_forward(const AttentionArgs& args, const Parallel& par) {
+  args.element == AttentionElement::f32 ? forward<Float32>(args, par) : forward<Bfloat16>(args, par);
+}
+
+void attention_backward(const AttentionArgs& args, const Parallel& par) {
+  args.element == AttentionElement::f32 ? backward<Float32>(args, par) : backward<Bfloat16>(args, par);
+}
+
+}  // namespace jaxext::JAXEXT_ISA
+#endif
+
+#ifdef JAXEXT_HANDLER
+#include "attention_workspace.h"
+#include "attention_handler.h"
+#endif

@@ -1,0 +1,227 @@
+// Which keys a query attends, and what is done to a score before its exponential.
+#pragma once
+#include "attention.h"
+#include "attention_tile.h"
+
+namespace jaxext::JAXEXT_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+// Below every score in use and above -inf, so that differences of two such bounds stay finite.
+constexpr float kLowestScore = -3e38f;
+constexpr float kBelowScores = -3.3e38f;
+const float kInfinity = __builtin_inff();
+
+// What holds for a whole call. Raw products (packed q times packed k) become base-2 exponents times `exponent`.
+struct Rules {
+  const AttentionArgs* args;
+  float query_scale;  // folded into packed q; 1 where packed q stays exact
+  float exponent;     // raw product -> base-2 exponent
+  float natural;      // raw product -> scaled score
+  bool hides;         // mask or segments
+  bool changes;       // soft cap, bias, or a scale whose sign would turn the row maximum round
+};
+
+template <class Mode>
+Rules make_rules(const AttentionArgs& args) {
+  Rules r{&args, args.scale * kLog2E, 1.f, kLn2, args.mask.data || args.query_segments.data,
+          args.soft_cap != 0.f || args.bias.data};
+  if (Mode::kPaired) {
+    r.query_scale = 1.f;
+    r.exponent = args.scale * kLog2E;
+    r.natural = args.scale;
+    r.changes = r.changes || !(args.scale > 0.f);
+  }
+  return r;
+}
+
+// The score arrays of one (batch, head): rows of `query` elements apart.
+struct HeadArrays {
+  const uint8_t *mask, *keep;
+  const char* bias;
+  const int32_t *query_segments, *key_segments;
+};
+
+int64_t head_offset(const AttentionArgs& args, const AttentionBroadcast& a, int64_t batch, int64_t head) {
+  int64_t offset = head * a.head;
+  for (int64_t d = args.leading_rank - 1; d >= 0; d--) {
+    offset += batch % args.leading[d] * a.leading[d];
+    batch /= args.leading[d];
+  }
+  return offset;
+}
+
+template <class T>
+const T* head_data(const AttentionArgs& args, const AttentionBroadcast& a, int64_t batch, int64_t head,
+                          int64_t scale = 1) {
+  return a.data ? static_cast<const T*>(a.data) + head_offset(args, a, batch, head) * scale : nullptr;
+}
+
+int64_t bias_bytes(const AttentionArgs& args) { return args.bias.element == AttentionElement::f32 ? 4 : 2; }
+
+HeadArrays head_arrays(const AttentionArgs& args, int64_t batch, int64_t head) {
+  return {head_data<uint8_t>(args, args.mask, batch, head), head_data<uint8_t>(args, args.keep, batch, head),
+          head_data<char>(args, args.bias, batch, head, bias_bytes(args)),
+          head_data<int32_t>(args, args.query_segments, batch, head),
+          head_data<int32_t>(args, args.key_segments, batch, head)};
+}
+
+// Keys [first, last) of a key block that starts at `start`, for queries [row, row + rows).
+struct Span {
+  int64_t first, last;
+};
+Span band_span(const AttentionArgs& args, int64_t row, int64_t rows, int64_t start, int64_t keys) {
+  return {most(row + args.band_low, start) - start,
+          least(least(row + rows - 1 + args.band_high + 1, args.keys), start + keys) - start};
+}
+
+enum class Visibility { none, some, all };
+
+Visibility mask_visibility(const AttentionArgs& args, const uint8_t* mask, int64_t row, int64_t rows,
+                                  int64_t start, int64_t keys) {
+  int64_t height = args.mask.query ? rows : 1, width = args.mask.key ? keys : 1;
+  unsigned any = 0, all = 1;
+  for (int64_t i = 0; i < height; i++) {
+    const uint8_t* line = mask + (row + i) * args.mask.query + start * args.mask.key;
+    for (int64_t j = 0; j < width; j++) {
+      any |= line[j];
+      all &= line[j];
+    }
+  }
+  return all ? Visibility::all : any ? Visibility::some : Visibility::none;
+}
+
+Visibility segment_visibility(const HeadArrays& head, int64_t row, int64_t rows, int64_t start, int64_t keys) {
+  int32_t q0 = INT32_MAX, q1 = INT32_MIN, k0 = INT32_MAX, k1 = INT32_MIN;
+  for (int64_t i = row; i < row + rows; i++) {
+    int32_t s = head.query_segments[i];
+    q0 = s < q0 ? s : q0;
+    q1 = s > q1 ? s : q1;
+  }
+  for (int64_t j = start; j < start + keys; j++) {
+    int32_t s = head.key_segments[j];
+    k0 = s < k0 ? s : k0;
+    k1 = s > k1 ? s : k1;
+  }
+  if (q1 < k0 || k1 < q0) return Visibility::none;
+  return q0 == q1 && k0 == k1 && q0 == k0 ? Visibility::all : Visibility::some;
+}
+
+// What mask and segments leave of a block of queries and keys; the band is not asked.
+Visibility visibility(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t rows,
+                             int64_t start, int64_t keys) {
+  Visibility seen = Visibility::all;
+  if (head.query_segments) seen = segment_visibility(head, row, rows, start, keys);
+  if (head.mask && seen != Visibility::none) {
+    Visibility m = mask_visibility(args, head.mask, row, rows, start, keys);
+    if (m != Visibility::all) seen = m;
+  }
+  return seen;
+}
+
+// Whether row attends key, asked one by one where speed does not matter.
+bool attends(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key) {
+  if (key - row < args.band_low || key - row > args.band_high) return false;
+  if (head.query_segments && head.query_segments[row] != head.key_segments[key]) return false;
+  return !head.mask || head.mask[row * args.mask.query + key * args.mask.key];
+}
+
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
+
+// The first n of kLanes bytes from p on (step 1) or *p in every lane (step 0), as 0 or -1.
+JAXEXT_INLINE vi load_flags(const uint8_t* p, int64_t step, int64_t n) {
+  if (!step) return splat_i(*p ? -1 : 0);
+  vb x{};
+  memcpy(&x, p, n >= kLanes ? kLanes : n);
+  return __builtin_convertvector(x, vi) != 0;
+}
+
+JAXEXT_INLINE vf load_bias(const AttentionArgs& args, const char* p, int64_t n) {
+  bool wide = args.bias.element == AttentionElement::f32;
+  if (!args.bias.key) {
+    if (wide) return splat(*reinterpret_cast<const float*>(p));
+    uint32_t bits = static_cast<uint32_t>(*reinterpret_cast<const bf16*>(p)) << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return splat(x);
+  }
+  n = least(n, kLanes);
+  if (wide) return n == kLanes ? load(reinterpret_cast<const float*>(p)) : load_first(reinterpret_cast<const float*>(p), n);
+  return n == kLanes ? load(reinterpret_cast<const bf16*>(p)) : load_first(reinterpret_cast<const bf16*>(p), n);
+}
+
+JAXEXT_INLINE vi lane_index() {
+  vi x;
+  for (int i = 0; i < kLanes; i++) x[i] = i;
+  return x;
+}
+
+// Lanes of keys [key, key + kLanes) that query `row` attends, by band, end of keys, segments and mask.
+JAXEXT_INLINE vi visible_lanes(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key) {
+  int64_t low = most(row + args.band_low - key, 0);
+  int64_t high = least(least(row + args.band_high, args.keys - 1) - key, kLanes);
+  vi lane = lane_index();
+  vi seen = (lane >= splat_i(static_cast<int32_t>(least(low, kLanes)))) &
+            (lane <= splat_i(static_cast<int32_t>(most(high, -1))));
+  int64_t n = args.keys - key;
+  if (head.query_segments) {
+    vi k{};
+    memcpy(&k, head.key_segments + key, (n < kLanes ? n : kLanes) * 4);
+    seen &= k == splat_i(head.query_segments[row]);
+  }
+  if (head.mask) seen &= load_flags(head.mask + row * args.mask.query + key * args.mask.key, args.mask.key, n);
+  return seen;
+}
+
+// tanh, relative error about 2e-7: an odd polynomial near 0, elsewhere 1 - 2 / (e^2x + 1).
+JAXEXT_INLINE vf tanh_fast(vf x) {
+  vf a = (vf)((vi)x & splat_i(0x7fffffff)), y = x * x;
+  vf p = fma(splat(-5.70498872745e-3f), y, splat(2.06390887954e-2f));
+  p = fma(p, y, splat(-5.37397155531e-2f));
+  p = fma(p, y, splat(1.33314422036e-1f));
+  p = fma(p, y, splat(-3.33332819422e-1f));
+  vf near = fma(p * y, x, x);
+  vf e = exp2_fast<Float32>(select(a > splat(20.f), splat(20.f), a) * splat(2.f * kLog2E));
+  vf far = splat(1.f) - splat(2.f) / (e + splat(1.f));
+  far = (vf)((vi)far | ((vi)x & splat_i(INT32_MIN)));
+  return select(a < splat(0.625f), near, far);
+}
+
+// Turns raw products of queries [row, row + kRows) and keys start + [first, last) into what the exponential takes:
+// hidden keys become -inf, and where rules.changes, soft cap and bias are applied and the result is a base-2 exponent.
+// Where `slope` is given, it takes the derivative of the soft cap.
+JAXEXT_NOINLINE void apply_rules(const Rules& rules, const HeadArrays& head, int64_t row, int64_t start,
+                                        int64_t first, int64_t last, float* scores, int64_t width,
+                                        float* slope = nullptr) {
+  const AttentionArgs& args = *rules.args;
+  float cap_in = args.soft_cap != 0.f ? rules.natural / args.soft_cap : 0.f;
+  for (int64_t r = 0; r < kRows; r++) {
+    int64_t i = least(row + r, args.queries - 1);  // padding rows repeat the last
+    for (int64_t c = first; c < last; c += kLanes) {
+      float* p = scores + r * width + c;
+      int64_t key = start + c;
+      vf x = load(p);
+      if (rules.changes) {
+        if (args.soft_cap != 0.f) {
+          vf t = tanh_fast(x * splat(cap_in));
+          x = t * splat(args.soft_cap * kLog2E);
+          if (slope) store(slope + r * width + c, splat(1.f) - t * t);
+        } else {
+          x = x * splat(rules.exponent);
+        }
+        if (head.bias) {
+          const char* b = head.bias + (i * args.bias.query + key * args.bias.key) * bias_bytes(args);
+          vf y = x + load_bias(args, b, args.keys - key) * splat(kLog2E);
+          vf bounded = select(y < splat(kLowestScore), splat(kLowestScore), y);
+          // A finite bias as low as the type allows must not become -inf; a bias of -inf must stay it.
+          x = select(load_bias(args, b, args.keys - key) == splat(-kInfinity), splat(-kInfinity), bounded);
+        }
+      }
+      store(p, select(visible_lanes(args, head, i, key), x, splat(-kInfinity)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jaxext::JAXEXT_ISA
