@@ -1,4 +1,4 @@
-// Forward attention: online softmax over blocks of keys, for one block of queries at a time (FlashAttention-2, Dao 2023).
+// Forward attention: online softmax over blocks of keys, one block of queries at a time (FlashAttention-2, Dao 2023).
 #pragma once
 #include "attention_pack.h"
 #include "attention_scores.h"

@@ -55,7 +55,7 @@ inline WorkspacePool& workspace_pool() {
 }
 
 // The 64 bytes before the data hold the size of the block.
-inline void* acquire_workspace(size_t bytes) {
+void* acquire_workspace(size_t bytes) {
   size_t size = (bytes + 64 + kWorkspacePage - 1) / kWorkspacePage * kWorkspacePage;
   auto block = workspace_pool().take(size);
   if (!block.data) {
@@ -67,7 +67,7 @@ inline void* acquire_workspace(size_t bytes) {
   return static_cast<char*>(block.data) + 64;
 }
 
-inline void release_workspace(void* workspace) {
+void release_workspace(void* workspace) {
   void* data = static_cast<char*>(workspace) - 64;
   free(workspace_pool().keep({data, *static_cast<size_t*>(data)}).data);
 }
