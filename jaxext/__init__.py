@@ -33,10 +33,9 @@ _OWN = {
     "install": "jaxext._install",
     "is_installed": "jaxext._install",
     "jit": "jaxext._jit",
-    "kernels": "jaxext.kernels",
     "release_memory": "jaxext._memory",
     "uninstall": "jaxext._install",
 }
 
-_swap.install_finder(__path__)
+_swap.install_finder()
 __getattr__, __dir__ = _swap.namespace(_OWN, globals())

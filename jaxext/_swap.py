@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
@@ -38,7 +38,8 @@ class _AliasLoader(Loader):
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Code for `python -m jaxext.tools.…`, which runs JAX's module as `__main__`."""
-        return getattr(self._original.loader, "get_code")(self._original.name)
+        loader = self._original.loader
+        return loader.get_code(self._original.name) if isinstance(loader, InspectLoader) else None
 
 
 def _alias_loaded_children(alias: str, original: str) -> None:
@@ -51,17 +52,10 @@ def _alias_loaded_children(alias: str, original: str) -> None:
 class _AliasFinder(MetaPathFinder):
     """Answers for `jaxext.*` alone, and there only for what jaxext does not own."""
 
-    def __init__(self, search_path: Iterable[str]) -> None:
-        self._search_path = list(search_path)
-
-    @functools.cached_property
-    def _own(self) -> frozenset[str]:
-        return frozenset(module.name for module in pkgutil.iter_modules(self._search_path))
-
     def _is_alias(self, name: str) -> bool:
         package, _, rest = name.partition(".")
         first = rest.partition(".")[0]
-        return package == _PACKAGE and bool(rest) and not first.startswith("_") and first not in self._own
+        return package == _PACKAGE and bool(rest) and not first.startswith("_") and first not in _own_modules()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,11 +72,16 @@ class _AliasFinder(MetaPathFinder):
         return spec
 
 
-def install_finder(search_path: Iterable[str]) -> None:
+@functools.cache
+def _own_modules() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(sys.modules[_PACKAGE].__path__))
+
+
+def install_finder() -> None:
     """Puts the finder of `jaxext.*` aliases first, once: JAX's files lie on the path of an aliased package, and the
     ordinary finder would load a second copy of them."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__qualname__ != _AliasFinder.__qualname__]
-    sys.meta_path.insert(0, _AliasFinder(search_path))
+    sys.meta_path.insert(0, _AliasFinder())
 
 
 def _public_names(module: ModuleType) -> list[str]:
@@ -112,12 +111,11 @@ def namespace(
             return sorted({*own, *_public_names(importlib.import_module(_ORIGINAL))})
         if name.startswith("__") and name.endswith("__") and name not in _FORWARDED_SPECIAL:
             raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}", name=name, obj=sys.modules[_PACKAGE])
-        if name not in own:
-            return _from_jax(name)
-        home = importlib.import_module(own[name])
-        value = home if own[name] == f"{_PACKAGE}.{name}" else getattr(home, name)
-        module_globals[name] = value
-        return value
+        if name in own:
+            module_globals[name] = getattr(importlib.import_module(own[name]), name)
+            return module_globals[name]
+        # `from jaxext import cli` asks for the attribute before it imports the module.
+        return importlib.import_module(f"{_PACKAGE}.{name}") if name in _own_modules() else _from_jax(name)
 
     def __dir__() -> list[str]:
         return sorted({*module_globals, *own, *dir(importlib.import_module(_ORIGINAL))})
