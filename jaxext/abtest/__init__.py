@@ -39,6 +39,7 @@ def ab(
       ValueError: an argument out of range, or a setting that this process cannot have.
       StepError: the step itself raises.
     """
+    from jaxext.abtest import machine
     from jaxext.abtest.experiment import Experiment, Options, Watcher
     from jaxext.abtest.host import LocalHost
     from jaxext.abtest.protocol import check
@@ -47,7 +48,8 @@ def ab(
     name = getattr(step, "__name__", type(step).__name__)
     workload = check((step, args) if advance is None else (step, args, advance), name)
     check_counts(steps=steps, repeats=repeats, budget=budget)
-    candidate, reference = Setting(), parse_versus(vs, "reuse")
+    candidate = Setting(memory=machine.memory())
+    reference = parse_versus(vs, candidate.memory)
     if reference.process != candidate.process:
         raise ValueError(
             f"vs={vs!r}: memory and instruction set hold for a whole process. "

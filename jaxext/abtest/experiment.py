@@ -25,7 +25,7 @@ SAMPLE_SECONDS = 0.05
 class Options:
     """`steps` whose losses are compared, timed `repeats` (pairs), `budget` in seconds (None: as long as it takes).
 
-    `contributions`: take the result apart kernel by kernel. `memory_row`: measure memory reuse in processes of its own.
+    `tolerance` replaces that of the losses. `contributions`: take the result apart kernel by kernel. `memory_row`: measure memory reuse in processes of its own.
     """
 
     reference: Setting
@@ -36,6 +36,7 @@ class Options:
     contributions: bool = True
     memory_row: bool = False
     seed: int = 0
+    tolerance: float | None = None
 
 
 class Watcher:
@@ -318,7 +319,7 @@ class Experiment:
 
     def _judge(self, sides: dict[str, SideResult]) -> parity.Parity:
         names = (sides["reference"].label, sides["candidate"].label)
-        rule = self.host("reference").rule()
+        rule = parity.with_loss_tolerance(self.host("reference").rule(), self._options.tolerance)
         losses = [self._losses.get(side, []) for side in ("reference", "candidate")]
         both = min(len(losses[0]), len(losses[1]))
         found = parity.judge(losses[0][:both], losses[1][:both], self._leaves, rule, names)

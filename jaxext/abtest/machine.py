@@ -46,7 +46,7 @@ def facts() -> dict[str, Any]:
         "jax": f"{jax.__version__} / jaxlib {jaxlib.__version__}",
         "python": platform.python_version(),
         "device": str(jax.devices()[0].device_kind),
-        "memory": str(memory),
+        "memory": memory.memory,
         "huge pages": memory.huge_pages + (" (asked for by malloc)" if memory.huge_pages_tunable else ""),
     }
     found.update({name: os.environ[name] for name in _VARIABLES if os.environ.get(name)})
@@ -77,3 +77,8 @@ def peak_rss() -> int:
 def set_memory(behaviour: str) -> str:
     """Make this process reuse XLA's large buffers ("reuse") or not ("system"); "" or why it could not."""
     return _memory.apply(behaviour)
+
+
+def memory() -> str:
+    """The memory behaviour in force in this process."""
+    return _memory.state().memory

@@ -60,8 +60,45 @@ class Row:
         }
 
 
+class Outcome:
+    """What both kinds of result have in common."""
+
+    speed: Ratio
+    parity: Parity
+
+    @property
+    def ratio(self) -> float:
+        return self.speed.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return self.speed.interval
+
+    @property
+    def losses_agree(self) -> bool:
+        return self.parity.losses_agree
+
+    @property
+    def agrees(self) -> bool:
+        return self.parity.agrees
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.agrees else 1
+
+    def __rich__(self) -> Any:
+        from jaxext.abtest.report import render
+
+        return render(self)
+
+    def __str__(self) -> str:
+        from jaxext.abtest.report import plain_text
+
+        return plain_text(self)
+
+
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(Outcome):
     """Outcome of one A/B test of a step.
 
     `ratio`: reference time / candidate time, above 1 where jaxext is faster. `interval`: its 95% interval.
@@ -83,26 +120,6 @@ class Result:
     seed: int
     elapsed: float
     notes: list[str]
-
-    @property
-    def ratio(self) -> float:
-        return self.speed.value
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return self.speed.interval
-
-    @property
-    def losses_agree(self) -> bool:
-        return self.parity.losses_agree
-
-    @property
-    def agrees(self) -> bool:
-        return self.parity.agrees
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.agrees else 1
 
     def counts(self) -> dict[str, int]:
         """How many patterns were replaced, missed and left to stock JAX."""
@@ -130,12 +147,87 @@ class Result:
             "notes": self.notes,
         }
 
-    def __rich__(self) -> Any:
-        from jaxext.abtest.report import render
 
-        return render(self)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a program: seconds in all, of each printed step, printed losses, peak resident bytes."""
 
-    def __str__(self) -> str:
-        from jaxext.abtest.report import plain_text
+    wall: float
+    step_seconds: list[float]
+    losses: list[float]
+    peak_rss: int
 
-        return plain_text(self)
+
+@dataclasses.dataclass(frozen=True)
+class ProgramSide:
+    """All runs of one side of a whole-program test."""
+
+    label: str
+    setting: Setting
+    runs: list[Run]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Step times without each run's first, which compiles; the running times where none were printed."""
+        steps = [seconds for run in self.runs for seconds in run.step_seconds[1:]]
+        return steps or [run.wall for run in self.runs]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def wall(self) -> float:
+        return statistics.median(run.wall for run in self.runs)
+
+    @property
+    def peak_rss(self) -> int:
+        return max(run.peak_rss for run in self.runs)
+
+    @property
+    def prints_steps(self) -> bool:
+        return any(len(run.step_seconds) > 1 for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "setting": self.setting.to_dict(),
+            "median_seconds": self.median,
+            "median_wall_seconds": self.wall,
+            "peak_rss": self.peak_rss,
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramResult(Outcome):
+    """Outcome of a whole-program test. `speed`: of the steps it prints, else of the runs; `wall`: of the runs."""
+
+    name: str
+    reference: ProgramSide
+    candidate: ProgramSide
+    speed: Ratio
+    wall: Ratio
+    parity: Parity
+    facts: dict[str, Any]
+    seed: int
+    elapsed: float
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON has."""
+        return {
+            "name": self.name,
+            "ratio": self.ratio,
+            "interval": list(self.interval) if self.interval else None,
+            "pairs": self.speed.pairs,
+            "wall": self.wall.to_dict(),
+            "agrees": self.agrees,
+            "reference": self.reference.to_dict(),
+            "candidate": self.candidate.to_dict(),
+            "parity": self.parity.to_dict(),
+            "facts": self.facts,
+            "seed": self.seed,
+            "elapsed_seconds": self.elapsed,
+            "notes": self.notes,
+        }

@@ -1,0 +1,184 @@
+"""A/B test of a whole program: every run in a process of its own, the sides in random order.
+
+What the program prints is read for its step times and losses: a line such as `step 3 loss 2.31 ms 41.5` (or
+`loss: 2.31 ... 41.5 ms`) counts as one step. A program that prints none is compared by its running time alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxext._settings import KERNELS
+from jaxext.abtest import machine, parity, timing
+from jaxext.abtest.experiment import Clock, Watcher
+from jaxext.abtest.result import ProgramResult, ProgramSide, Run
+from jaxext.abtest.settings import Setting, label
+
+_NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
+_LOSS = re.compile(r"\bloss\b\s*[=:]?\s*" + _NUMBER, re.IGNORECASE)
+_MILLISECONDS = (re.compile(r"\bms\b\s*[=:]?\s*" + _NUMBER), re.compile(_NUMBER + r"\s*ms\b"))
+
+
+class ProgramError(RuntimeError):
+    """A run ended with an error. `kernels`: on the jaxext side, after stock JAX had run the program."""
+
+    def __init__(self, message: str, kernels: bool) -> None:
+        super().__init__(message)
+        self.kernels = kernels
+
+
+def read_line(line: str) -> tuple[float | None, float | None]:
+    """(loss, step seconds) that a printed line tells."""
+    loss = _LOSS.search(line)
+    found = next((match for match in (pattern.search(line) for pattern in _MILLISECONDS) if match), None)
+    return float(loss[1]) if loss else None, float(found[1]) / 1e3 if found else None
+
+
+def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment that run a program under `setting`."""
+    environment = {**os.environ, **setting.environment(), "PYTHONUNBUFFERED": "1"}
+    for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_STRICT"):
+        environment.pop(name, None)
+    if not setting.kernels and setting.memory == "system":
+        return [sys.executable, str(path), *arguments], environment
+    excluded = setting.exclude if setting.kernels else KERNELS
+    if excluded:
+        environment["JAXEXT_KERNELS"] = ",".join(f"-{kernel}" for kernel in excluded)
+    run = [sys.executable, "-m", "jaxext", "run", "--memory", setting.memory]
+    return [*run, str(path), *arguments], environment
+
+
+def run_program(
+    path: Path, arguments: list[str], setting: Setting, name: str, watch: Callable[[str], None] = lambda line: None
+) -> Run:
+    """Run once to the end; `watch` sees each printed line.
+
+    Raises:
+      ProgramError: it ended with a code other than 0.
+    """
+    line_command, environment = command(path, arguments, setting)
+    losses, steps = [], []
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(line_command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                loss, seconds = read_line(line)
+                losses += [] if loss is None else [loss]
+                steps += [] if seconds is None else [seconds]
+                watch(line.rstrip())
+            # wait4 tells this child's own peak memory, which RUSAGE_CHILDREN mixes with the others'.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+        wall = time.perf_counter() - begin
+        if process.returncode != 0:
+            log.seek(0)
+            tail = log.read().decode(errors="replace").strip().splitlines()[-8:]
+            raise ProgramError(
+                f"{path.name} ended with code {process.returncode} on the {name} side:\n" + "\n".join(tail),
+                setting.kernels,
+            )
+    return Run(wall, steps, losses, usage.ru_maxrss * 1024)
+
+
+def compare_programs(
+    path: Path,
+    arguments: list[str],
+    reference: Setting,
+    candidate: Setting,
+    *,
+    repeats: int,
+    budget: float | None,
+    seed: int,
+    tolerance: float | None = None,
+    watcher: Watcher | None = None,
+) -> ProgramResult:
+    """Run both sides `repeats` times each, interleaved in random order.
+
+    Raises:
+      ProgramError: a run failed.
+    """
+    watcher = watcher or Watcher()
+    clock = Clock(budget, watcher)
+    settings = {"reference": reference, "candidate": candidate}
+    names = {"reference": label(reference, candidate), "candidate": label(candidate, reference)}
+    runs: dict[str, list[Run]] = {"reference": [], "candidate": []}
+    load = machine.load_average()
+    first = ["reference", "candidate"]  # Where the program itself is broken, stock JAX says so.
+    orders = timing.orders(first, seed)
+    for index in range(repeats):
+        if index and clock.left() < clock.spent() / index:
+            break
+        for side in first if index == 0 else next(orders):
+            text = f"run {index + 1} of at most {repeats}, {names[side]}"
+
+            def watch(line: str, text: str = text) -> None:
+                watcher.phase(f"{text}: {line[:60]}")
+                clock.tick()
+
+            watch("starting")
+            runs[side].append(run_program(path, arguments, settings[side], names[side], watch))
+            done = len(runs["reference"]) + len(runs["candidate"])
+            clock.plan(clock.spent() / done * (2 * repeats - done))
+    sides = {side: ProgramSide(names[side], settings[side], runs[side]) for side in runs}
+    notes = [] if len(runs["reference"]) == repeats else [f"the time budget allowed {index} of {repeats} runs a side"]
+    if load is not None and load > 1.5 * machine.threads():
+        notes.append(f"the machine was busy (load {load:.1f} on {machine.threads()} CPUs): figures are noisy")
+    return _conclude(path, arguments, sides, notes, tolerance, seed, clock.spent())
+
+
+def _pairs(left: list[Run], right: list[Run]) -> tuple[list[float], list[float]]:
+    """Step times paired run by run and step by step without the first, which compiles; else the running times."""
+    a, b = [], []
+    for one, other in zip(left, right, strict=True):
+        if len(one.step_seconds) == len(other.step_seconds) >= 2:
+            a += one.step_seconds[1:]
+            b += other.step_seconds[1:]
+    return (a, b) if a else ([run.wall for run in left], [run.wall for run in right])
+
+
+def _conclude(
+    path: Path,
+    arguments: list[str],
+    sides: dict[str, ProgramSide],
+    notes: list[str],
+    tolerance: float | None,
+    seed: int,
+    elapsed: float,
+) -> ProgramResult:
+    left, right = sides["reference"], sides["candidate"]
+    rule = parity.with_loss_tolerance(parity.TOLERANCES["float32"], tolerance)
+    losses = left.runs[0].losses, right.runs[0].losses
+    if len(losses[0]) != len(losses[1]):
+        notes.append(f"{left.label} printed {len(losses[0])} losses, {right.label} {len(losses[1])}")
+    if not losses[0]:
+        notes.append("the program prints no losses, so only its speed is compared")
+    both = min(len(losses[0]), len(losses[1]))
+    found = parity.judge(losses[0][:both], losses[1][:both], [], rule, (left.label, right.label))
+    pairs = _pairs(left.runs, right.runs)
+    return ProgramResult(
+        name=" ".join([path.name, *arguments]),
+        reference=left,
+        candidate=right,
+        speed=timing.paired_ratio(*pairs, seed),
+        wall=timing.paired_ratio([run.wall for run in left.runs], [run.wall for run in right.runs], seed),
+        parity=found,
+        facts={"cpu": machine.cpu_name(), "threads": machine.threads()},
+        seed=seed,
+        elapsed=elapsed,
+        notes=notes,
+    )
+
+
