@@ -129,11 +129,14 @@ bool attends(const AttentionArgs& args, const HeadArrays& head, int64_t row, int
 
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
+// A tile's last vectors may lie behind the keys: n, the keys left, may be negative.
+constexpr int64_t kept_lanes(int64_t n) { return least(most(n, 0), kLanes); }
+
 // The first n of kLanes bytes from p on (step 1) or *p in every lane (step 0), as 0 or -1.
 JAXEXT_INLINE vi load_flags(const uint8_t* p, int64_t step, int64_t n) {
   if (!step) return splat_i(*p ? -1 : 0);
   vb x{};
-  memcpy(&x, p, n >= kLanes ? kLanes : n);
+  memcpy(&x, p, kept_lanes(n));
   return __builtin_convertvector(x, vi) != 0;
 }
 
@@ -146,8 +149,8 @@ JAXEXT_INLINE vf load_bias(const AttentionArgs& args, const char* p, int64_t n) 
     memcpy(&x, &bits, sizeof x);
     return splat(x);
   }
-  n = least(n, kLanes);
-  if (wide) return n == kLanes ? load(reinterpret_cast<const float*>(p)) : load_first(reinterpret_cast<const float*>(p), n);
+  n = kept_lanes(n);
+  if (wide) return load_first(reinterpret_cast<const float*>(p), n);
   return n == kLanes ? load(reinterpret_cast<const bf16*>(p)) : load_first(reinterpret_cast<const bf16*>(p), n);
 }
 
@@ -167,7 +170,7 @@ JAXEXT_INLINE vi visible_lanes(const AttentionArgs& args, const HeadArrays& head
   int64_t n = args.keys - key;
   if (head.query_segments) {
     vi k{};
-    memcpy(&k, head.key_segments + key, (n < kLanes ? n : kLanes) * 4);
+    memcpy(&k, head.key_segments + key, kept_lanes(n) * sizeof(int32_t));
     seen &= k == splat_i(head.query_segments[row]);
   }
   if (head.mask) seen &= load_flags(head.mask + row * args.mask.query + key * args.mask.key, args.mask.key, n);
