@@ -27,6 +27,7 @@ try:
     from jax._src import api_util, core, dispatch, pjit, source_info_util, traceback_util, xla_bridge
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
+    from jax._src.lax import lax
     from jax._src.sharding_impls import UnspecifiedValue
     from jax._src.state.types import AbstractRef
 except ImportError as error:
@@ -103,6 +104,29 @@ def vma(x: Any) -> frozenset[str]:
     return getattr(jax.typeof(x), "vma", frozenset())
 
 
+def with_weak_type(x: Any, aval: Any) -> Any:
+    """`x` as weakly typed as `aval`: the types of a loop's carry must agree in this too."""
+    if getattr(jax.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
+        return x
+    return lax._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
+
+
+def saves(decision: Any) -> bool:
+    """True where a checkpoint policy's answer is to keep the value, in memory or offloaded."""
+    return decision is True or isinstance(decision, (pe.SaveableType, pe.Offloadable))
+
+
+def shard_map_options(params: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `jax.shard_map` that make an equation with these parameters."""
+    return {
+        "mesh": params["mesh"],
+        "in_specs": tuple(params["in_specs"]),
+        "out_specs": tuple(params["out_specs"]),
+        "check_vma": params["check_vma"],
+        "axis_names": set(params["newly_manual_axes"]),
+    }
+
+
 def bind(eqn: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     """Run the primitive of `eqn` on `inputs`."""
     primitive = eqn.primitive
@@ -125,6 +149,14 @@ def name_scopes(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def is_differentiated(eqn: Any) -> bool:
+    """True for an equation that JAX's differentiation made or went over."""
+    return any(
+        isinstance(part, source_info_util.Transform) and part.name in ("jvp", "transpose")
+        for part in eqn.source_info.name_stack.stack
+    )
+
+
 def user_line(eqn: Any) -> str:
     """Where the user wrote an equation: ``train.py:12 (loss)``, "" where JAX kept no traceback."""
     frame = source_info_util.user_frame(eqn.source_info.traceback)
@@ -133,6 +165,19 @@ def user_line(eqn: Any) -> str:
     path = frame.file_name
     here = os.getcwd() + os.sep
     return f"{path.removeprefix(here)}:{frame.start_line} ({frame.function_name.rsplit('.', 1)[-1]})"
+
+
+def user_name(fun: Any) -> str:
+    """The user's name of a function, under partial applications and the wrappers of JAX and flax."""
+    for _ in range(8):
+        inner = next(filter(callable, (getattr(fun, name, None) for name in ("__wrapped__", "func", "f", "fun"))), None)
+        if inner is None and getattr(fun, "__module__", "").startswith("jax._src"):
+            cells = zip(fun.__code__.co_freevars, fun.__closure__ or ())
+            inner = next((cell.cell_contents for name, cell in cells if name in ("f", "fun")), None)
+        if inner is None:
+            break
+        fun = inner
+    return getattr(fun, "__name__", type(fun).__name__)
 
 
 def trace(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], *, like: Any = None, name: str = "jaxext") -> Any:
@@ -154,6 +199,11 @@ def in_types(jaxpr: Any) -> list[Any]:
 
 def out_types(jaxpr: Any) -> list[Any]:
     return [var.aval for var in open_jaxpr(jaxpr)[0].outvars]
+
+
+def is_concrete(x: Any) -> bool:
+    """True where the value of an array, traced or not, can be looked at."""
+    return core.is_concrete(x)
 
 
 def trace_state_clean() -> bool:
@@ -238,18 +288,20 @@ def _hook_jit(on_jit: JitHook) -> str:
     return ""
 
 
-def insert_hooks(on_differentiate: DifferentiationHook, on_jit: JitHook) -> HookStatus:
+def insert_hooks(on_differentiate: DifferentiationHook | None, on_jit: JitHook | None) -> HookStatus:
     """Hook `jax.vjp` and the tracing of jitted functions; a second call changes nothing.
 
     `on_differentiate(fun)` returns the function to differentiate in place of `fun`. `on_jit(fun, infer)` returns what
-    `infer()` does, or the same with another jaxpr (`with_jaxpr`).
+    `infer()` does, or the same with another jaxpr (`with_jaxpr`). None leaves that place alone.
     """
     global _status
     with _lock:
         if _status is None:
-            reasons = [_hook_differentiation(on_differentiate), _hook_jit(on_jit)]
+            differentiation = "not asked for" if on_differentiate is None else _hook_differentiation(on_differentiate)
+            jit = "not asked for" if on_jit is None else _hook_jit(on_jit)
             _hide_own_frames()
-            _status = HookStatus(not reasons[0], not reasons[1], "; ".join(filter(None, reasons)))
+            reason = "; ".join(dict.fromkeys(filter(None, (differentiation, jit))))
+            _status = HookStatus(not differentiation, not jit, reason)
         return _status
 
 

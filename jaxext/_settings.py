@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -57,6 +57,14 @@ class _Off:
 
 
 OFF = _Off()
+SCOPE_OFF = "jaxext.off"
+
+
+def scope_without(kernels: Iterable[str]) -> str:
+    """The name scope of code in which `kernels` are not to be used."""
+    return ".".join(("jaxext.without", *sorted(kernels)))
+
+
 _context = jax.make_user_context(None)
 
 
@@ -81,6 +89,18 @@ def use(settings: Settings | None) -> Iterator[None]:
 def entering(settings: Settings) -> Any:
     """`use(settings)` for a hot path: no generator, no checks."""
     return _context(settings)
+
+
+@contextmanager
+def within(settings: Settings, outer: Settings | None) -> Iterator[None]:
+    """`settings` in a function that may be traced as part of another one, which has `outer`.
+
+    The name scope tells the rewriting of the whole what this part of it leaves out.
+    """
+    merged = settings.inside(outer)
+    left_out = merged.exclude - outer.exclude if outer is not None else frozenset()
+    with entering(merged), jax.named_scope(scope_without(left_out)) if left_out else nullcontext():
+        yield
 
 
 def set_everywhere(settings: Settings | None) -> None:

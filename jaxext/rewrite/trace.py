@@ -97,6 +97,8 @@ class Graph:
         self.outputs: list[Value] = []
         self.captures: dict[Value, Any] = {}
         self.calls: list[Call] = []
+        # What matchers found out about this graph, so that it is found out once.
+        self.memo: dict[Any, Any] = {}
         self._users: dict[Value, list[Node]] | None = None
         self._returned: set[Value] | None = None
 

@@ -1,0 +1,249 @@
+"""Where rewriting takes hold of a program: at differentiation, and where the outermost jitted function is traced.
+
+A pattern has to be replaced before it is differentiated (afterwards forward and backward are entangled), so the
+function that `jax.vjp` is given is traced once, matched, and replayed under the differentiation. What no differentiation
+reaches (forward-only programs) is matched in the outermost jitted function, whose trace is replayed only if something
+was found.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import jax
+
+from .. import _jax_compat as compat
+from .. import _settings
+from .._settings import Settings
+from . import plan as planning
+from . import selftest
+from .match import Pattern
+from .patterns import PATTERNS
+from .report import Entry, Report, check_required, collecting, record
+from .rewrite import NotExchangeable, replay, retrace
+
+_CONCRETE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+_lock = threading.RLock()
+_active: compat.HookStatus | None = None
+_relying: weakref.WeakSet[Any] = weakref.WeakSet()
+# Functions that `accelerate` jits: they carry their settings with them, and switch them on while they are traced.
+_accelerated: weakref.WeakKeyDictionary[Any, Settings] = weakref.WeakKeyDictionary()
+
+
+# ---------------------------------------------------------------- differentiation
+
+
+def on_differentiate(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """What `jax.vjp` differentiates in place of `fun`."""
+    settings = _settings.current()
+    return fun if settings is None else rewritten(fun, settings, whole_step=False)
+
+
+def _patterns() -> tuple[Pattern, ...]:
+    return selftest.PATTERNS if selftest.running() else PATTERNS
+
+
+def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) -> Callable[..., Any]:
+    """`fun`, traced at each call, matched and replayed. `fun` itself runs once a call."""
+
+    @functools.wraps(fun)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        traced = [number for number, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, jax.core.Tracer))]
+        output = _Output()
+
+        def flat(*arrays: Any) -> list[Any]:
+            filled = list(leaves)
+            for number, array in zip(traced, arrays):
+                filled[number] = array
+            own_args, own_kwargs = jax.tree.unflatten(tree, filled)
+            return output.split(fun(*own_args, **own_kwargs))
+
+        arrays = [leaves[number] for number in traced]
+        try:
+            closed = compat.trace(flat, [jax.typeof(array) for array in arrays], name=compat.user_name(fun))
+        except _CONCRETE as error:
+            # Python that looks at values works outside jit only; there the function is called once more.
+            if not any(map(compat.is_concrete, arrays)):
+                raise
+            entry = Entry("", location=compat.user_name(fun), reason=f"Python control flow on array values ({_first_line(error)})")
+            record(_fallback(entry), settings.strict)
+            return fun(*args, **kwargs)
+        results = _apply(closed, arrays, settings, compat.user_name(fun), whole_step)
+        return output.join(results)
+
+    return run
+
+
+def _apply(closed: Any, arrays: Sequence[Any], settings: Settings, name: str, whole_step: bool) -> list[Any]:
+    plan = planning.make(closed, settings, _patterns(), _mode(whole_step))
+    results = replay(plan, arrays)
+    record(plan.full_report(name), settings.strict)
+    return results
+
+
+def _mode(whole_step: bool) -> planning.Mode:
+    return planning.Mode(whole_step, skip_differentiated=_active is not None and _active.differentiation)
+
+
+class _Output:
+    """Splits a function's result into traced arrays and everything else, and puts it together again.
+
+    Arrays that were computed outside of the trace, numbers and other objects pass through untouched.
+    """
+
+    def split(self, result: Any) -> list[Any]:
+        leaves, self._tree = jax.tree.flatten(result)
+        self._leaves = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+
+    def join(self, arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        leaves = [next(rest) if leaf is None else leaf[0] for leaf in self._leaves]
+        return jax.tree.unflatten(self._tree, leaves)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _fallback(entry: Entry) -> Report:
+    report = Report()
+    report.fallbacks.append(entry)
+    return report
+
+
+# ---------------------------------------------------------------- the outermost jitted function
+
+
+class _Exchanged:
+    """What the outermost function's jaxpr was exchanged for, by the jaxpr, for as long as JAX keeps that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_jaxpr: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def get(self, jaxpr: Any) -> Any:
+        with self._lock:
+            return self._by_jaxpr.get(jaxpr)
+
+    def put(self, jaxpr: Any, new: Any) -> None:
+        with self._lock:
+            self._by_jaxpr[jaxpr] = (new if new is not jaxpr else None,)
+
+
+_exchanged = _Exchanged()
+
+
+def on_jit(fun: Callable[..., Any], infer: Callable[[], Any]) -> Any:
+    """What tracing a jitted function gives, rewritten where it is the outermost one."""
+    settings = _settings_of(fun)
+    if settings is None or not compat.trace_state_clean():
+        return infer()
+    report = Report()
+    with collecting(report):
+        inferred = infer()
+    jaxpr = compat.jit_jaxpr(inferred)
+    if jaxpr is None:
+        check_required(report, settings.require)
+        return inferred
+    known = _exchanged.get(jaxpr)
+    if known is None:
+        new, found = _exchange(jaxpr, settings, compat.user_name(fun), report)
+        check_required(found, settings.require)
+        _exchanged.put(jaxpr, new)
+        known = (new if new is not jaxpr else None,)
+    return inferred if known[0] is None else compat.with_jaxpr(inferred, known[0])
+
+
+def _settings_of(fun: Any) -> Settings | None:
+    own = _accelerated.get(fun) if isinstance(fun, FunctionType) else None
+    if own is None or _settings.is_off():
+        return _settings.current()
+    return own.inside(_settings.current())
+
+
+def accelerated(fun: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """`fun` under `settings` in whatever jit traces it; nothing of this is left in the compiled call."""
+
+    @functools.wraps(fun)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if _settings.is_off():
+            return fun(*args, **kwargs)
+        outer = _settings.current()
+        with _settings.within(settings, outer):
+            if _active is not None and not _active.jit:
+                return rewritten(fun, settings.inside(outer), whole_step=True)(*args, **kwargs)
+            return fun(*args, **kwargs)
+
+    traced.__name__ = compat.user_name(fun)
+    _accelerated[traced] = settings
+    activate(relying=traced)
+    return traced
+
+
+def _exchange(jaxpr: Any, settings: Settings, name: str, before: Report) -> tuple[Any, Report]:
+    """The jaxpr of the whole step, rewritten, and all that was found in it."""
+    plan = planning.make(jaxpr, settings, _patterns(), _mode(whole_step=True))
+    new = jaxpr
+    if plan.changes():
+        try:
+            new = retrace(plan)
+        except NotExchangeable as error:
+            found = plan.full_report(name)
+            for entry in found.replaced:
+                record(_fallback(Entry(entry.kernel, reason=str(error), location=name)), settings.strict)
+            return jaxpr, before
+    found = plan.full_report(name)
+    record(found, settings.strict)
+    found.extend(before)
+    return new, found
+
+
+# ---------------------------------------------------------------- switching the hooks on
+
+
+def activate(relying: Any = None) -> compat.HookStatus:
+    """Insert the hooks, once, and test that they work in this JAX; one warning where they do not.
+
+    They stay for as long as an object that was given as `relying` lives.
+    """
+    global _active
+    with _lock:
+        if relying is not None:
+            _relying.add(relying)
+        if _active is None:
+            _active = selftest.insert_tested(on_differentiate, on_jit)
+            if _active.reason:
+                warnings.warn(_ladder_warning(_active), RuntimeWarning, stacklevel=3)
+        return _active
+
+
+def deactivate_unless_used() -> None:
+    """Take the hooks out of JAX, unless an accelerated function relies on them."""
+    global _active
+    with _lock:
+        if not _relying:
+            compat.remove_hooks()
+            _active = None
+
+
+def _ladder_warning(status: compat.HookStatus) -> str:
+    if status.differentiation:
+        lost = "only gradients, and functions under jaxext.accelerate, run on its kernels"
+    elif status.jit:
+        lost = "only functions that are not differentiated run on its kernels"
+    else:
+        lost = "everything runs on plain JAX"
+    return f"jaxext does not fit JAX {jax.__version__} ({status.reason}): {lost}. Upgrade jaxext."

@@ -1,0 +1,5 @@
+"""The patterns, largest first: a larger one takes what a smaller one is part of."""
+
+from ..match import Pattern
+
+PATTERNS: tuple[Pattern, ...] = ()

@@ -1,0 +1,297 @@
+"""What of a graph is replaced, what is left to run, and in which order.
+
+A replacement is demand-driven: a match's roots take their values from the kernel, and whatever nobody needs any more is
+not run. A value inside a match that is used elsewhere is still computed, so a replacement is never wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .. import _jax_compat as compat
+from .._settings import SCOPE_OFF, Settings
+from . import schedule, trace
+from .match import Match, NoMatch, Pattern
+from .report import Entry, Report
+from .trace import Call, Graph, Node, Value
+
+# Parameters of an equation that hold the functions it runs.
+HIGHER_ORDER = {
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+    "remat2": ("jaxpr",),
+    "checkpoint": ("jaxpr",),
+    "shard_map": ("jaxpr",),
+    "jit": ("jaxpr",),
+    "pjit": ("jaxpr",),
+}
+_LOCATION = {"remat2": "remat", "checkpoint": "remat"}
+# Operations that cost next to nothing: a match may be broken open at one of them.
+_LAYOUT = frozenset(
+    ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "pvary")
+)
+_WITHOUT = re.compile(r"jaxext\.without((?:\.\w+)+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a function is planned.
+
+    `whole_step`: the function will not be differentiated any more, so a match pays off only where it makes all it covers
+    dead. `skip_differentiated`: what JAX has differentiated was rewritten before that, and is left alone.
+    """
+
+    whole_step: bool
+    skip_differentiated: bool
+
+
+@dataclasses.dataclass(eq=False)
+class Replacement:
+    """A match that is used; `covers`: the nodes from its inputs to its roots, these included."""
+
+    match: Match
+    covers: frozenset[Node]
+
+    @property
+    def node(self) -> Node:
+        node = self.match.roots[0].node
+        assert node is not None
+        return node
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """How to run a function: `steps` in order, and the plans of the functions inside its nodes."""
+
+    jaxpr: Any
+    graph: Graph
+    report: Report
+    replacements: list[Replacement] = dataclasses.field(default_factory=list)
+    steps: list[Node | Call | Replacement] = dataclasses.field(default_factory=list)
+    nested: dict[Node, dict[str, tuple[Plan, ...]]] = dataclasses.field(default_factory=dict)
+    # Why a nested function could not be exchanged after all, by node.
+    refused: dict[Node, str] = dataclasses.field(default_factory=dict)
+
+    def changes(self, node: Node | None = None) -> bool:
+        """True where the plan, or what it has for `node`, replaces anything."""
+        if node is None:
+            return bool(self.replacements) or any(self.changes(inner) for inner in self.nested)
+        inner = self.nested.get(node, {})
+        return any(plan.changes() for plans in inner.values() for plan in plans)
+
+    def full_report(self, location: str) -> Report:
+        """All entries of this plan and the nested ones, each with its location."""
+        result = Report()
+        result.extend(self.report)
+        for name in ("replaced", "missed", "fallbacks"):
+            setattr(result, name, [dataclasses.replace(e, location=location) for e in getattr(result, name)])
+        for node, plans in self.nested.items():
+            place = f"{location}/{_place(node)}" if location else _place(node)
+            for plan in (plan for group in plans.values() for plan in group):
+                inner = plan.full_report(place)
+                if node in self.refused:
+                    reason = self.refused[node]
+                    inner.fallbacks += [dataclasses.replace(e, reason=reason) for e in inner.replaced]
+                    inner.replaced = []
+                result.extend(inner)
+        return result
+
+
+def _place(node: Node) -> str:
+    if node.primitive in ("jit", "pjit"):
+        return str(node.params.get("name", "jit"))
+    return _LOCATION.get(node.primitive, node.primitive)
+
+
+def make(closed_jaxpr: Any, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> Plan:
+    """Plan a traced function and all functions inside it."""
+    return _make(closed_jaxpr, settings, patterns, mode, {})
+
+
+def _make(jaxpr: Any, settings: Settings, patterns: Sequence[Pattern], mode: Mode, memo: dict[int, Plan]) -> Plan:
+    if id(jaxpr) in memo:
+        return memo[id(jaxpr)]
+    graph = trace.build(jaxpr)
+    plan = memo[id(jaxpr)] = Plan(jaxpr, graph, Report())
+    _choose(plan, settings, patterns, mode)
+    live = _drop_what_does_not_pay(plan, mode)
+    needed = {value.node for value in live}
+    for node in graph.nodes:
+        if node.primitive in HIGHER_ORDER and (node in needed or node.eqn.effects) and not _skipped(node, mode):
+            plan.nested[node] = {
+                name: tuple(_make(inner, settings, patterns, mode, memo) for inner in functions_of(node, name))
+                for name in HIGHER_ORDER[node.primitive]
+            }
+    changed = {node for node in plan.nested if plan.changes(node)}
+    plan.steps = schedule.steps(graph, plan.replacements, changed, live)
+    return plan
+
+
+def functions_of(node: Node, name: str) -> tuple[Any, ...]:
+    """The jaxprs in parameter `name` of a higher-order node."""
+    value = node.params[name]
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _skipped(node: Node, mode: Mode) -> bool:
+    if mode.skip_differentiated and compat.is_differentiated(node.eqn):
+        return True
+    return SCOPE_OFF in compat.name_scopes(node.eqn)
+
+
+# ---------------------------------------------------------------- choosing matches
+
+
+def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> None:
+    by_primitive: dict[str, list[Node]] = {}
+    for node in reversed(plan.graph.nodes):
+        by_primitive.setdefault(node.primitive, []).append(node)
+    covered: set[Node] = set()
+    refused: dict[str, set[Node]] = {}
+    near: list[tuple[Node, Entry]] = []
+    for pattern in patterns:
+        if pattern.kernel in settings.exclude:
+            continue
+        candidates = [node for primitive in pattern.roots for node in by_primitive.get(primitive, ())]
+        for node in sorted(candidates, key=lambda node: -node.position):
+            if node in covered or node in refused.get(pattern.kernel, ()) or _skipped(node, mode):
+                continue
+            match = _try(pattern, node, plan, near)
+            if match is None or match.kernel in settings.exclude or match.kernel in _without(node):
+                continue
+            covers = _covered(match)
+            if match.refusal is not None:
+                plan.report.fallbacks.append(_entry(match.kernel, node, match, match.refusal))
+                refused.setdefault(pattern.kernel, set()).update(covers)
+                continue
+            covered |= covers
+            plan.replacements.append(Replacement(match, covers))
+    for node, entry in near:
+        if node not in covered and node not in refused.get(entry.kernel, ()):
+            plan.report.missed.append(entry)
+
+
+def _try(pattern: Pattern, node: Node, plan: Plan, near: list[tuple[Node, Entry]]) -> Match | None:
+    try:
+        match = pattern.match(node.outputs[0], plan.graph)
+        _check_reachable(match)
+    except NoMatch as error:
+        if error.near:
+            near.append((node, _entry(pattern.kernel, node, None, error.reason)))
+        return None
+    except Exception as error:  # a matcher that fails must not take the user's program down: it is reported
+        reason = f"the matcher failed: {type(error).__name__}: {error}"
+        plan.report.fallbacks.append(_entry(pattern.kernel, node, None, reason))
+        return None
+    return match
+
+
+def _check_reachable(match: Match) -> None:
+    for value in (*match.roots, *match.inputs):
+        if value.node is not None and value.node.position < 0:
+            raise NoMatch("an input exists only inside a function with a custom derivative", near=True)
+
+
+def _without(node: Node) -> frozenset[str]:
+    names = _WITHOUT.findall(compat.name_scopes(node.eqn))
+    return frozenset(name for group in names for name in group.strip(".").split("."))
+
+
+def _entry(kernel: str, node: Node, match: Match | None, reason: str = "") -> Entry:
+    inputs = match.inputs if match is not None else node.inputs
+    return Entry(
+        kernel=kernel,
+        shapes=tuple(compat.short_type(value.aval) for value in inputs),
+        dtype=str(node.outputs[0].dtype),
+        source=compat.user_line(node.eqn),
+        reason=reason,
+        detail=match.detail if match is not None else "",
+    )
+
+
+def _covered(match: Match) -> frozenset[Node]:
+    """The nodes from the match's roots back to its inputs."""
+    inputs = set(match.inputs)
+    found: set[Node] = set()
+    stack = [root.node for root in match.roots if root.node is not None]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack += [value.node for value in node.inputs if value not in inputs and value.node is not None]
+    return frozenset(found)
+
+
+# ---------------------------------------------------------------- what is left to run
+
+
+def _by_root(replacements: Sequence[Replacement]) -> dict[Value, Replacement]:
+    return {root: replacement for replacement in replacements for root in replacement.match.roots}
+
+
+def _live(plan: Plan) -> set[Value]:
+    """The values that still have to exist."""
+    by_root = {root: replacement for replacement in plan.replacements for root in replacement.match.roots}
+    effectful = [node for node in plan.graph.nodes if node.eqn.effects]
+    stack = [*plan.graph.outputs, *(value for node in effectful for value in node.inputs)]
+    live: set[Value] = set()
+    while stack:
+        value = stack.pop()
+        if value in live:
+            continue
+        live.add(value)
+        if value in by_root:
+            stack += by_root[value].match.inputs
+        elif value.node is not None:
+            stack += value.node.inputs
+    return live
+
+
+def _drop_what_does_not_pay(plan: Plan, mode: Mode) -> set[Value]:
+    while True:
+        live = _live(plan)
+        dropped = [r for r in plan.replacements if _has_cycle(r) or (mode.whole_step and _broken_open(r, live))]
+        for replacement in dropped:
+            plan.replacements.remove(replacement)
+            reason = "values inside it are used elsewhere, so that stock JAX would have to compute them too"
+            match = replacement.match
+            plan.report.missed.append(_entry(match.kernel, replacement.node, match, reason))
+        if not dropped:
+            break
+    plan.replacements = [r for r in plan.replacements if not live.isdisjoint(r.match.roots)]
+    plan.report.replaced += [_entry(r.match.kernel, r.node, r.match) for r in plan.replacements]
+    return live
+
+
+def _broken_open(replacement: Replacement, live: set[Value]) -> bool:
+    """True where a node that works on the match's inputs has to run all the same."""
+    roots = set(replacement.match.roots)
+    derived: set[Value] = set(replacement.match.inputs)
+    for node in sorted(replacement.covers, key=lambda node: node.position):
+        if not derived.isdisjoint(node.inputs):
+            derived.update(node.outputs)
+            used = not live.isdisjoint(node.outputs)
+            if used and node.primitive not in _LAYOUT and roots.isdisjoint(node.outputs):
+                return True
+    return False
+
+
+def _has_cycle(replacement: Replacement) -> bool:
+    """True where an input of the match depends on one of its roots."""
+    roots = set(replacement.match.roots)
+    first = min(root.node.position for root in roots if root.node is not None)
+    stack, seen = list(replacement.match.inputs), set()
+    while stack:
+        value = stack.pop()
+        if value in roots:
+            return True
+        if value in seen or value.node is None or value.node.position < first:
+            continue
+        seen.add(value)
+        stack += value.node.inputs
+    return False
