@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import jax
 
 from . import _jax_compat as compat
-from . import _settings
+from . import _memory, _settings
 from .rewrite import hooks
 
 _lock = threading.RLock()
@@ -37,12 +37,9 @@ def install(*, memory: str = "reuse", exclude: str | Iterable[str] = ()) -> None
         return
     settings = _settings.Settings(exclude=environment.exclude | excluded, strict=environment.strict)
     with _lock:
-        if memory == "reuse":
-            from . import _memory
-
-            message = _memory.enable_reuse()
-            if message and not is_installed():
-                print(f"jaxext: {message}", file=sys.stderr)
+        message = _memory.apply(memory)
+        if message and not is_installed():
+            print(f"jaxext: {message}", file=sys.stderr)
         hooks.activate()
         _settings.set_everywhere(settings)
 

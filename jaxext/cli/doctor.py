@@ -166,13 +166,12 @@ def _huge_pages(state: _memory.MemoryState) -> Finding:
 
 def _versions() -> Iterator[Finding]:
     import jax
-    import jaxlib
 
     import jaxext
 
     yield Finding("jaxext", jaxext.__version__)
     yield Finding("Python", platform.python_version())
-    yield Finding("JAX, jaxlib", f"{jax.__version__}, {jaxlib.__version__}")
+    yield Finding("JAX, jaxlib", f"{jax.__version__}, {importlib.metadata.version('jaxlib')}")
     built, running = _native_fact("ffi_version"), _runtime_ffi_version()
     if built:
         older = _numbers(running) < _numbers(built)
@@ -248,7 +247,7 @@ def _jax_settings() -> Iterator[Finding]:
     for option, advice in _COSTLY_OPTIONS.items():
         if getattr(jax.config, option):
             yield Finding(option.upper(), str(getattr(jax.config, option)), advice)
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         advice = "set it to a folder, and programs that were compiled before start at once."
         yield Finding("JAX_COMPILATION_CACHE_DIR", "not set", advice)
 
