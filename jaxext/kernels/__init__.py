@@ -1,0 +1,26 @@
+"""The kernels: public functions, their refusals, and every op for the conformance tests and benchmarks."""
+
+from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal
+from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
+from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
+from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
+from jaxext.kernels._norm import OPS as _NORMS
+from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
+from jaxext.kernels._op import Op
+
+__all__ = [
+    "OPS",
+    "attention",
+    "attention_op",
+    "attention_refusal",
+    "layer_norm",
+    "layer_norm_refusal",
+    "linear_cross_entropy",
+    "linear_cross_entropy_refusal",
+    "rms_norm",
+    "rms_norm_refusal",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_refusal",
+]
+
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY)
