@@ -122,9 +122,7 @@ def parse_arguments(argv=None):
 def build(options):
     """Return the train step, the parameters and the optimizer state."""
     optimizer = optax.adamw(options.learning_rate, b2=0.95, weight_decay=0.1)
-    params = initialise(
-        jax.random.key(options.seed), options.layers, options.width, options.heads, options.kv_heads
-    )
+    params = initialise(jax.random.key(options.seed), options.layers, options.width, options.heads, options.kv_heads)
     return make_train_step(options, optimizer), params, optimizer.init(params)
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxext.abtest.parity import FIRST_STEPS, Parity, relative_differences
 from jaxext.abtest.report import duration, size
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE, CANDIDATE, EXTRA, INK, FAINT, ALARM = "#8d99ae", "#0a7e8c", "#c9ced8", "#1f2933", "#e4e7ec", "#c8372d"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -73,6 +73,12 @@ def _bars(axes: Axes, names: list[str], values: list[float], colours: list[str],
     axes.spines["left"].set_visible(False)
 
 
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _scale(seconds: list[float]) -> tuple[float, str]:
     middle = statistics.median(seconds)
     return (1.0, "s") if middle >= 1 else (1e3, "ms") if middle >= 1e-3 else (1e6, "µs")
@@ -102,10 +108,11 @@ def _rounds(result: Result | ProgramResult) -> Panel:
     def draw(axes: Axes) -> None:
         for side, colour, marker in ((result.reference, REFERENCE, "o"), (result.candidate, CANDIDATE, "D")):
             rounds = range(1, len(side.seconds) + 1)
-            axes.plot(rounds, [s * factor for s in side.seconds], marker, color=colour, markersize=4.5, label=side.label)
+            times = [seconds * factor for seconds in side.seconds]
+            axes.plot(rounds, times, marker, color=colour, markersize=4.5, label=side.label)
             axes.axhline(side.median * factor, color=colour, linewidth=1, alpha=0.7)
         axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes)
         axes.set_xlabel("round")
         axes.set_ylabel(f"step time ({unit})")
         axes.legend(loc="lower left", ncols=2)
@@ -118,7 +125,7 @@ def _losses(parity: Parity, names: tuple[str, str]) -> Panel:
         steps = range(1, len(parity.reference_losses) + 1)
         axes.plot(steps, parity.reference_losses, color=REFERENCE, linewidth=4, label=names[0], alpha=0.75)
         axes.plot(steps, parity.candidate_losses, color=CANDIDATE, linewidth=1.5, label=names[1])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.legend(loc="upper right")
@@ -135,7 +142,7 @@ def _differences(parity: Parity) -> Panel:
         axes.hlines(parity.tolerance.loss, 1, max(min(FIRST_STEPS, len(found)), 2), color=ALARM, linewidth=1.2)
         axes.text(1, parity.tolerance.loss * 1.4, "tolerance", color=ALARM, va="bottom", fontsize=8.5)
         axes.set_ylim(floor * 0.6, parity.tolerance.loss * 12)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes)
         axes.set_xlabel("step")
         axes.set_ylabel("relative difference")
 
@@ -154,7 +161,7 @@ def _leaves(parity: Parity) -> Panel:
         axes.set_yscale("log")
         axes.set_ylim(max(min(fractions) / 3, 1e-6), max(4.0, max(fractions) * 2))
         axes.set_xlim(0.2, len(fractions) + 0.8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_numbers(axes)
         axes.set_xlabel("leaf, worst first")
         axes.set_ylabel("error / bound")
 
@@ -251,9 +258,7 @@ def picture(result: Result | ProgramResult) -> bytes:
             panel.draw(axes)
             axes.set_title(panel.title)
         colour = INK if result.agrees else ALARM
-        figure.suptitle(
-            f"{headline(result)}\n", x=0.012, ha="left", fontsize=17, fontweight="bold", color=colour
-        )
+        figure.suptitle(f"{headline(result)}\n", x=0.012, ha="left", fontsize=17, fontweight="bold", color=colour)
         top = 1 - 0.62 / figure.get_figheight()
         figure.text(0.012, top, f"{result.name}   {evidence(result)[0]}", fontsize=10, color="#52606d")
         buffer = io.BytesIO()
@@ -268,5 +273,3 @@ def _figure(width: float, height: float) -> Figure:
 
     with matplotlib.rc_context(_STYLE):
         return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-

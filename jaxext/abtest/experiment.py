@@ -1,4 +1,4 @@
-"""The course of one A/B test: start, compile, compare, time, take apart. Everything is measured here, nothing printed."""
+"""The course of one A/B test: start, compile, compare, time, take apart. Nothing is printed here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ SAMPLE_SECONDS = 0.05
 class Options:
     """`steps` whose losses are compared, timed `repeats` (pairs), `budget` in seconds (None: as long as it takes).
 
-    `tolerance` replaces that of the losses. `contributions`: take the result apart kernel by kernel. `memory_row`: measure memory reuse in processes of its own.
+    `contributions`: take the result apart kernel by kernel. `memory_row`: measure memory reuse in processes of its
+    own. `tolerance` replaces that of the losses.
     """
 
     reference: Setting

@@ -279,7 +279,6 @@ class LocalHost:
     def peaks(self, seconds: float) -> dict[str, float]:
         return machine.peaks(seconds)
 
-
     def peak_rss(self) -> int:
         return machine.peak_rss()
 

@@ -12,10 +12,12 @@ from jaxext.abtest.result import ProgramResult, Result, Row
 _CSS = """
 :root{--ink:#1f2933;--soft:#52606d;--line:#e4e7ec;--good:#0a7e8c;--bad:#c8372d;--warn:#9a6700;--back:#f5f7fa}
 *{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+body{margin:0;background:var(--back);color:var(--ink)}
+body{font:15px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 main{max-width:1120px;margin:0 auto;padding:32px 20px 60px}
 section,header{background:#fff;border:1px solid var(--line);border-radius:10px;padding:20px 24px;margin-bottom:18px}
-header{border-left:8px solid var(--good)}header.bad{border-left-color:var(--bad)}header.warn{border-left-color:var(--warn)}
+header{border-left:8px solid var(--good)}header.bad{border-left-color:var(--bad)}
+header.warn{border-left-color:var(--warn)}
 h1{font-size:26px;line-height:1.25;margin:2px 0 8px}h2{font-size:17px;margin:0 0 4px}
 p{margin:2px 0;color:var(--soft)}.name{font-family:ui-monospace,Menlo,"DejaVu Sans Mono",monospace;font-size:13px}
 .big{font-size:58px;font-weight:700;line-height:1;color:var(--good);float:right;margin-left:24px}
@@ -47,7 +49,8 @@ def page(result: Result | ProgramResult) -> str:
             body.append(_section("What each kernel brings", caption, table))
         if result.memory:
             caption = "Stock JAX with the system's memory behaviour runs in a process of its own."
-            body.append(_section("What memory reuse brings", caption, _row_table(("", "before", "after"), result.memory)))
+            table = _row_table(("", "before", "after"), result.memory)
+            body.append(_section("What memory reuse brings", caption, table))
         body.append(_section("Replacements", "", _replacements(result)))
     if result.parity.leaves:
         body.append(_section("Every compared leaf", "Norms of differences, worst first.", _leaf_table(result)))
@@ -65,7 +68,7 @@ def _header(result: Result | ProgramResult) -> str:
     state = "bad" if not result.agrees else "warn" if result.ratio < 1 else ""
     failures = "".join(f'<p class="failure">{escape(failure)}</p>' for failure in result.parity.failures)
     lines = "".join(f"<p>{escape(line)}</p>" for line in report.evidence(result))
-    big = f"{result.ratio:.2f}×" if result.agrees else "≠"
+    big = f"{result.ratio:.2f}&times;" if result.agrees else "&ne;"
     return (
         f'<header class="{state}"><div class="big">{big}</div><p class="name">{escape(result.name)}</p>'
         f"<h1>{escape(report.headline(result))}</h1>{lines}{failures}</header>"
@@ -106,7 +109,7 @@ def _row_table(headers: tuple[str, str, str], rows: list[Row]) -> str:
             continue
         interval = f"{row.ratio.interval[0]:.2f} to {row.ratio.interval[1]:.2f}" if row.ratio.interval else ""
         seconds = (report.duration(row.reference_seconds), report.duration(row.candidate_seconds))
-        cells.append((row.name, *seconds, f"{row.ratio.value:.2f}×", interval))
+        cells.append((row.name, *seconds, f"{row.ratio.value:.2f}x", interval))
     return _table((*headers, "ratio", "95% interval"), cells)
 
 

@@ -36,14 +36,14 @@ def threads() -> int:
 def facts() -> dict[str, Any]:
     """Settings in force in this process, as strings and numbers for the report."""
     import jax
-    import jaxlib
+    import jaxlib.version
 
     native, memory = _native_module.load(), _memory.state()
     found: dict[str, Any] = {
         "cpu": cpu_name(),
         "threads": threads(),
         "instruction set": native.active_isa() if native else "none (native module absent)",
-        "jax": f"{jax.__version__} / jaxlib {jaxlib.__version__}",
+        "jax": f"{jax.__version__} / jaxlib {jaxlib.version.__version__}",
         "python": platform.python_version(),
         "device": str(jax.devices()[0].device_kind),
         "memory": memory.memory,

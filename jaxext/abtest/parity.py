@@ -97,7 +97,7 @@ def _is_inexact(values: np.ndarray) -> bool:
 
 def _real(values: np.ndarray) -> np.ndarray:
     if np.iscomplexobj(values):
-        return np.ascontiguousarray(values).view(values.real.dtype)
+        return np.ascontiguousarray(values).view(np.real(values).dtype)
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
@@ -111,7 +111,9 @@ def _difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return difference
 
 
-def compare_leaf(name: str, step: int, after: Three, before: tuple[np.ndarray, np.ndarray] | None, rule: Tolerance) -> LeafError:
+def compare_leaf(
+    name: str, step: int, after: Three, before: tuple[np.ndarray, np.ndarray] | None, rule: Tolerance
+) -> LeafError:
     """Compare one leaf, `after` in (reference, candidate, probe).
 
     `before`: its value ahead of the first step in (reference, probe); None for an output.
@@ -252,11 +254,13 @@ def judge(
         if leaf.name not in worst or leaf.fraction > worst[leaf.name].fraction:
             worst[leaf.name] = leaf
     ordered = sorted(worst.values(), key=lambda leaf: -leaf.fraction)
-    for leaf in ordered:
-        if leaf.fraction > 1:
-            failures.append(
-                f"leaf {leaf.name} after step {leaf.step}: error {leaf.error:.2e} above its bound {leaf.bound:.2e} "
-                f"({names[0]} changed it by {leaf.scale:.2e}; norms)"
-            )
+    wrong = [leaf for leaf in leaves if leaf.fraction > 1]
+    # What is wrong at first shows the cause; later everything is.
+    first = min((leaf.step for leaf in wrong), default=0)
+    for leaf in sorted((leaf for leaf in wrong if leaf.step == first), key=lambda leaf: -leaf.fraction):
+        failures.append(
+            f"leaf {leaf.name} after step {leaf.step}: error {leaf.error:.2e} above its bound {leaf.bound:.2e} "
+            f"({names[0]} changed it by {leaf.scale:.2e}; norms)"
+        )
     steps = sorted({leaf.step for leaf in leaves})
     return Parity(rule, reference, candidate, ordered, steps, failures)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxext._settings import KERNELS
 from jaxext.abtest import machine, parity, timing
 from jaxext.abtest.experiment import Clock, Watcher
 from jaxext.abtest.result import ProgramResult, ProgramSide, Run
@@ -48,9 +47,10 @@ def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[st
         environment.pop(name, None)
     if not setting.kernels and setting.memory == "system":
         return [sys.executable, str(path), *arguments], environment
-    excluded = setting.exclude if setting.kernels else KERNELS
-    if excluded:
-        environment["JAXEXT_KERNELS"] = ",".join(f"-{kernel}" for kernel in excluded)
+    if not setting.kernels:
+        environment["JAXEXT_DISABLE"] = "1"
+    if setting.exclude:
+        environment["JAXEXT_KERNELS"] = ",".join(f"-{kernel}" for kernel in setting.exclude)
     run = [sys.executable, "-m", "jaxext", "run", "--memory", setting.memory]
     return [*run, str(path), *arguments], environment
 
@@ -180,5 +180,3 @@ def _conclude(
         elapsed=elapsed,
         notes=notes,
     )
-
-

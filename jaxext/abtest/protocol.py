@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 Advance = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
 
@@ -104,7 +104,7 @@ def check(returned: Any, name: str) -> Workload:
         )
     if advance is not None and not callable(advance):
         raise TargetError(f"{name}: advance is of type {type(advance).__name__}, not callable; {EXPECTED}.")
-    return Workload(step, tuple(args), advance, name)
+    return Workload(step, tuple(args), cast("Advance | None", advance), name)
 
 
 def _import(path: Path) -> ModuleType:

@@ -25,7 +25,7 @@ class RemoteHost:
     """
 
     def __init__(self, path: Path, factory: str, setting: Setting, seed: int) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         environment = {**os.environ, **setting.environment(), "PYTHONUNBUFFERED": "1"}
         for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_STRICT"):
             environment.pop(name, None)

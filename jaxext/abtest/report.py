@@ -17,6 +17,7 @@ from jaxext.abtest.parity import FIRST_STEPS
 from jaxext.abtest.result import Outcome, ProgramResult, ProgramSide, Result, Row, SideResult
 
 AnyResult = Result | ProgramResult
+SHOWN_FAILURES = 6
 
 
 def duration(seconds: float | None) -> str:
@@ -91,8 +92,11 @@ def _panel(result: AnyResult) -> Panel:
     style = "green" if good else "red" if not result.agrees else "yellow"
     text = Text(headline(result) + "\n", style=f"bold {style}")
     text.append("\n".join(evidence(result)), style="default")
-    for failure in result.parity.failures:
+    failures = result.parity.failures
+    for failure in failures[:SHOWN_FAILURES]:
         text.append(f"\ndisagreement: {failure}", style="red")
+    if len(failures) > SHOWN_FAILURES:
+        text.append(f"\nand {len(failures) - SHOWN_FAILURES} more", style="red")
     return Panel(text, title=f"jaxext ab  {result.name}", border_style=style, padding=(0, 1))
 
 

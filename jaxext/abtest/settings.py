@@ -48,7 +48,7 @@ def label(setting: Setting, other: Setting) -> str:
     if setting.isa != other.isa:
         words.append(f"on {setting.isa or 'the best instruction set'}")
     if setting.memory != other.memory:
-        words.append(f"with {setting.memory} memory")
+        words.append("with memory reuse" if setting.memory == "reuse" else "with system memory")
     return " ".join(words)
 
 

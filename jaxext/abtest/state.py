@@ -73,7 +73,7 @@ def argument_names(step: Callable[..., Any], count: int) -> list[str]:
 
 def numeric(leaf: Any) -> np.ndarray | None:
     """The leaf as a NumPy array of numbers; PRNG keys as their bits; None for what is no array."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return np.asarray(jax.random.key_data(leaf))
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
         return np.asarray(leaf)

@@ -54,7 +54,7 @@ def orders(sides: Sequence[str], seed: int) -> Iterator[list[str]]:
     """Endless rounds, each all `sides` in random order: slow drift and who-follows-whom favour no side."""
     rng = np.random.default_rng(seed)
     while True:
-        yield [sides[index] for index in rng.permutation(len(sides))]
+        yield [sides[int(index)] for index in rng.permutation(len(sides))]
 
 
 def measure_rounds(

@@ -1,0 +1,65 @@
+"""Paired ratios and the order of measurements."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxext.abtest.timing import measure_rounds, orders, paired_ratio
+
+
+def test_ratio_of_equal_pairs_is_exact():
+    ratio = paired_ratio([4.0, 8.0, 2.0], [2.0, 4.0, 1.0], seed=0)
+    assert ratio.value == 2.0
+    assert ratio.interval == (2.0, 2.0)
+    assert str(ratio) == "2.00x [2.00, 2.00]"
+
+
+def test_pairing_cancels_drift_that_both_sides_share():
+    drift = np.linspace(1, 3, 30)
+    ratio = paired_ratio(list(1.5 * drift), list(drift), seed=0)
+    assert ratio.interval == pytest.approx((1.5, 1.5))
+
+
+def test_interval_covers_the_true_ratio_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        noise = rng.lognormal(0, 0.2, size=(2, 20))
+        low, high = paired_ratio(list(2 * noise[0]), list(noise[1]), seed=trial).interval
+        covered += low <= 2 <= high
+    # 95% of 200 with four standard errors (sqrt(200 * 0.05 * 0.95) = 3.1) of room, and a little for the percentiles.
+    assert covered >= 175
+
+
+def test_two_pairs_have_no_interval():
+    assert paired_ratio([1.0, 2.0], [1.0, 1.0], seed=0).interval is None
+
+
+@pytest.mark.parametrize(("left", "right"), [([], []), ([1.0], [1.0, 2.0])])
+def test_unequal_or_empty_lists_are_refused(left, right):
+    with pytest.raises(ValueError, match="expected as many of each, at least one"):
+        paired_ratio(left, right, seed=0)
+
+
+def test_orders_are_random_fair_and_repeatable():
+    rounds = list(itertools.islice(orders(["a", "b"], seed=1), 200))
+    assert all(sorted(order) == ["a", "b"] for order in rounds)
+    first = sum(order[0] == "a" for order in rounds)
+    assert 70 <= first <= 130  # 100 with four standard deviations (7.1)
+    assert rounds == list(itertools.islice(orders(["a", "b"], seed=1), 200))
+
+
+@pytest.mark.parametrize(("rounds", "least", "expected"), [(5, 3, 3), (2, 3, 2), (0, 3, 0)])
+def test_time_runs_out_between_rounds_only(rounds, least, expected):
+    calls = []
+    seconds = measure_rounds(
+        ["a", "b"],
+        lambda side: calls.append(side) or 1.0,
+        rounds=rounds,
+        seed=0,
+        out_of_time=lambda: True,
+        least=least,
+    )
+    assert {side: len(found) for side, found in seconds.items()} == {"a": expected, "b": expected}
+    assert len(calls) == 2 * expected
