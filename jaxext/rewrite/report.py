@@ -125,13 +125,21 @@ def collecting(report: Report) -> Iterator[Report]:
         _collectors.reports.remove(report)
 
 
+_everywhere: list[Report] = []
+
+
+def collect_everywhere(report: Report) -> None:
+    """What is rewritten by any thread from now on is recorded in `report` too."""
+    _everywhere.append(report)
+
+
 def record(report: Report, strict: bool) -> None:
     """Add `report` to those being collected.
 
     Raises:
       FallbackError: `strict`, and the report has a fall-back.
     """
-    for collector in _collectors.reports:
+    for collector in (*_collectors.reports, *_everywhere):
         collector.extend(report)
     if strict and report.fallbacks:
         raise FallbackError(
