@@ -69,7 +69,7 @@ def load(path: Path, factory: str) -> Workload:
       TargetError: no such function, or one that returns something else than the protocol says.
       Exception: whatever the user's file or factory raises, unchanged.
     """
-    function = getattr(_import(path), factory, None)
+    function = getattr(load_module(path), factory, None)
     if function is None:
         raise TargetError(
             f"factory {factory!r}: {path.name} has no such function. "
@@ -107,7 +107,12 @@ def check(returned: Any, name: str) -> Workload:
     return Workload(step, tuple(args), cast("Advance | None", advance), name)
 
 
-def _import(path: Path) -> ModuleType:
+def load_module(path: Path) -> ModuleType:
+    """Run a file as a module of its name, its folder first on sys.path.
+
+    Raises:
+      TargetError: not a Python file.
+    """
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,8 @@ class RemoteHost:
             code = self._process.wait()
             self._log.seek(0)
             tail = self._log.read().decode(errors="replace").strip().splitlines()[-12:]
-            raise StepError(f"a measuring process ended with code {code}:\n" + "\n".join(tail), kernels=True)
+            how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise StepError("\n".join([f"a measuring process {how}.", *tail]), kernels=True)
         answer = json.loads(line)
         if "error" not in answer:
             return answer["value"]

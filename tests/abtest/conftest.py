@@ -7,6 +7,7 @@ import pytest
 
 import jaxext
 
+
 class FakeReport:
     def to_dict(self):
         entry = {

@@ -127,7 +127,7 @@ def test_everything_is_json(stand_in):
 
 def test_settings_of_a_process_need_the_command(stand_in):
     stand_in()
-    with pytest.raises(ValueError, match="Test them with the command: jaxext ab file.py:factory --vs isa=v3"):
+    with pytest.raises(ValueError, match=r"Test them with the command: jaxext ab file\.py:factory --vs isa=v3"):
         jaxext.ab(DONATING, *make_args(), vs="isa=v3")
 
 
@@ -168,6 +168,8 @@ def test_a_step_that_fails_under_jaxext_only_is_jaxexts(stand_in):
         return step
 
     stand_in(broken)
-    with pytest.raises(StepError, match="runs on stock JAX but fails under jaxext: RuntimeError: no such kernel") as info:
+    with pytest.raises(
+        StepError, match="runs on stock JAX but fails under jaxext: RuntimeError: no such kernel"
+    ) as info:
         jaxext.ab(DONATING, *make_args(), **QUICK)
     assert info.value.kernels

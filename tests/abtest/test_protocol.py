@@ -18,12 +18,12 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_folder_is_refused(tmp_path):
-    with pytest.raises(TargetError, match="is a folder. Give the path of a Python file"):
+    with pytest.raises(TargetError, match=r"is a folder\. Give the path of a Python file"):
         protocol.parse_target(str(tmp_path))
 
 
 def test_empty_factory_name_is_refused(program):
-    with pytest.raises(TargetError, match="'' is not the name of a function. Write file.py:factory to test a step"):
+    with pytest.raises(TargetError, match=r"'' is not the name of a function\. Write file\.py:factory to test a step"):
         protocol.parse_target(f"{program('')}:")
 
 
@@ -35,7 +35,7 @@ def test_missing_factory_is_named(program):
 
 
 def test_factory_that_is_no_function_is_refused(program):
-    with pytest.raises(TargetError, match="factory 'x' in program.py is of type int, expected a function without"):
+    with pytest.raises(TargetError, match=r"factory 'x' in program\.py is of type int, expected a function without"):
         protocol.load(program("x = 1"), "x")
 
 
