@@ -25,17 +25,22 @@ def operands_of(spec, dtype):
     return [jnp.asarray(x) for x in spec.make(np.random.default_rng(7), jnp.dtype(dtype))]
 
 
-def outputs_of(op):
-    """The outputs a user can see: all, or the differentiable ones where the rest are residuals."""
-    return op.outputs
+def seen(call, op, spec):
+    """The outputs that a user can see: the differentiable ones; the rest are residuals."""
+
+    def fn(*xs):
+        outs = call(*xs, **spec.params)
+        return [outs[i] for i in op.outputs]
+
+    return fn
 
 
 def run(op, spec):
-    return lambda *xs: [op(*xs, **spec.params)[i] for i in outputs_of(op)]
+    return seen(op, op, spec)
 
 
 def reference(op, spec):
-    return lambda *xs: [op.reference(*xs, **spec.params)[i] for i in outputs_of(op)]
+    return seen(op.reference, op, spec)
 
 
 def widened(xs):
@@ -215,3 +220,11 @@ def test_every_instruction_set_conforms(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", only, "-p", "no:cacheprovider"]
     done = subprocess.run(command, env={**os.environ, "JAXEXT_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(bool(native_status()), reason="no native kernels here: " + native_status())
+def test_compiled_targets_and_ops_are_the_same_set():
+    from jaxext import _native
+
+    backwards = [op.backward for op in OPS if op.backward is not None]
+    assert set(_native.targets()) == {op.target for op in (*OPS, *backwards)}
