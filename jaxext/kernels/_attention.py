@@ -221,10 +221,7 @@ def _refuses(q: Any, k: Any, v: Any, *rest: Any, extras: tuple[str, ...], **para
 
 
 def _backward_refuses(*avals: Any, wrt: tuple[int, ...], extras: tuple[str, ...], **params: Any) -> str | None:
-    n = 3 + len(extras)
-    if max(wrt, default=0) > 2:
-        return "the gradient of a bias"
-    return _refuses(*avals[:n], extras=extras, **params)
+    return _refuses(*avals[: 3 + len(extras)], extras=extras, **params)
 
 
 def _attributes(

@@ -1,7 +1,8 @@
-// Attention, forward and backward: kernels in attention_forward.h and attention_backward.h, handlers in
+// Attention, forward and backward: kernels in attention_{forward,backward,bias_gradient}.h, handlers in
 // attention_handler.h.
 #ifdef JAXEXT_KERNEL
 #include "attention_backward.h"
+#include "attention_bias_gradient.h"
 #include "attention_forward.h"
 
 namespace jaxext::JAXEXT_ISA {
@@ -17,7 +18,10 @@ void attention_forward(const AttentionArgs& args, const Parallel& par) {
 }
 
 void attention_backward(const AttentionArgs& args, const Parallel& par) {
-  args.element == AttentionElement::f32 ? backward<Float32>(args, par) : backward<Bfloat16>(args, par);
+  bool wide = args.element == AttentionElement::f32;
+  if (args.dq.data || args.dk.data || args.dv.data)
+    wide ? backward<Float32>(args, par) : backward<Bfloat16>(args, par);
+  if (args.bias_gradient) wide ? bias_gradient<Float32>(args, par) : bias_gradient<Bfloat16>(args, par);
 }
 
 }  // namespace jaxext::JAXEXT_ISA

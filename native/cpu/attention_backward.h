@@ -67,11 +67,6 @@ struct BackwardLayout {
 };
 
 template <class Mode>
-typename Mode::Element* row_of(const AttentionOperand& x, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<typename Mode::Element*>(x.data) + batch * x.batch + head * x.head + row * x.row;
-}
-
-template <class Mode>
 void pack_key_block(const BackwardLayout<Mode>& m, int64_t slot, int64_t kv, int64_t key) {
   const AttentionArgs& a = m.args;
   int64_t valid = least(a.keys - key, Mode::kKeys);
@@ -82,23 +77,22 @@ void pack_key_block(const BackwardLayout<Mode>& m, int64_t slot, int64_t kv, int
   pack_right<Mode>(k, a.k.row, valid, Mode::kKeys, a.depth, m.key_right(slot, key), m.key_width);
 }
 
-// Rows that exist nowhere (padding) and rows without any key get lse = +inf: their probabilities are then 0.
+// log-sum-exp (base 2) and sum(out * dout) of the rows of a query block. Rows that exist nowhere (padding) and rows
+// without any key get lse = +inf: their probabilities are then 0.
 template <class Mode>
-void row_statistics(const BackwardLayout<Mode>& m, float* head, int64_t b, int64_t h, int64_t row,
-                           int64_t rows) {
-  const AttentionArgs& a = m.args;
+void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, float* base2_lse, float* delta) {
   auto out = row_of<Mode>(a.out, b, h, row);
   auto dout = row_of<Mode>(a.dout, b, h, row);
   const float* lse = a.lse + (b * a.heads + h) * a.queries + row;
   for (int64_t i = 0; i < kQueries; i++) {
+    bool empty = i >= a.queries - row || lse[i] == -kInfinity;
     vf sum{};
-    for (int64_t c = 0; i < rows && c < a.value_depth; c += kLanes) {
+    for (int64_t c = 0; !empty && c < a.value_depth; c += kLanes) {
       int64_t n = least(a.value_depth - c, kLanes);
       sum = fma(load_first(out + i * a.out.row + c, n), load_first(dout + i * a.dout.row + c, n), sum);
     }
-    bool empty = i >= rows || lse[i] == -kInfinity;
-    *m.delta(head, row + i) = empty ? 0.f : reduce_add(sum);
-    *m.lse(head, row + i) = empty ? kInfinity : lse[i] * kLog2E;
+    delta[i] = empty ? 0.f : reduce_add(sum);
+    base2_lse[i] = empty ? kInfinity : lse[i] * kLog2E;
   }
 }
 
@@ -118,7 +112,7 @@ void pack_query_block(const BackwardLayout<Mode>& m, const Rules& rules, int64_t
     pack_right<Mode>(q, a.q.row, rows, kQueries, a.depth, m.query_right(head, row), m.key_width);
     pack_right<Mode>(dout, a.dout.row, rows, kQueries, a.value_depth, m.dout_right(head, row), m.out_width);
   }
-  row_statistics(m, head, b, h, row, rows);
+  row_statistics<Mode>(a, b, h, row, m.lse(head, row), m.delta(head, row));
   for (int64_t chunk = 0; chunk < m.chunks; chunk++)
     memset(m.dq(head, chunk, row), 0, kQueries * m.key_width * sizeof(float));
 }
@@ -346,7 +340,7 @@ void write_rows(Element* out, int64_t stride, const float* in, int64_t width, in
 // Rows whose keys are all hidden and whose fill is not zero: each gives every key weight * dout.
 template <class Mode>
 void add_filled_rows(const BackwardLayout<Mode>& m, int64_t b, int64_t h, const HeadArrays& arrays, int64_t key,
-                            int64_t keys, float* dv) {
+                     int64_t keys, float* dv) {
   const AttentionArgs& a = m.args;
   if (a.fill == AttentionFill::zeros) return;
   float weight = a.fill == AttentionFill::nan ? __builtin_nanf("") : 1.f / static_cast<float>(a.keys);

@@ -139,11 +139,9 @@ struct PackedKeys {
     return data + slot * size + keys_size + words<Mode>(key) * out_width;
   }
   void pack(int64_t slot, int64_t kv_head, int64_t key) const {
-    typedef const typename Mode::Element* Source;
     int64_t b = kv_head / args.kv_heads, h = kv_head % args.kv_heads;
     int64_t valid = least(args.keys - key, Mode::kKeys);
-    Source k = static_cast<Source>(args.k.data) + b * args.k.batch + h * args.k.head + key * args.k.row;
-    Source v = static_cast<Source>(args.v.data) + b * args.v.batch + h * args.v.head + key * args.v.row;
+    auto k = row_of<Mode>(args.k, b, h, key), v = row_of<Mode>(args.v, b, h, key);
     pack_panels<Mode>(k, args.k.row, valid, Mode::kKeys, args.depth, panels(slot, key));
     pack_right<Mode>(v, args.v.row, valid, Mode::kKeys, args.value_depth, values(slot, key), out_width);
   }
@@ -184,8 +182,7 @@ struct QueryBlock {
 
   void start() {
     const AttentionArgs& a = *rules.args;
-    auto q = static_cast<const typename Mode::Element*>(a.q.data) + batch * a.q.batch + head * a.q.head +
-             row * a.q.row;
+    auto q = row_of<Mode>(a.q, batch, head, row);
     pack_rows<Mode>(q, a.q.row, rows, a.depth, rules.query_scale, queries, query_width);
     int64_t padded = round_up(rows, kRows);
     memset(queries + rows * query_width, 0, (padded - rows) * query_width * sizeof(float));
@@ -238,8 +235,7 @@ struct QueryBlock {
                                                            : 0.f;
     float* sum = state.out + i * out_width;
     memset(sum, 0, out_width * sizeof(float));
-    auto v = static_cast<const typename Mode::Element*>(a.v.data) + batch * a.v.batch +
-             head / (a.heads / a.kv_heads) * a.v.head;
+    auto v = row_of<Mode>(a.v, batch, head / (a.heads / a.kv_heads), 0);
     for (int64_t j = 0; j < a.keys && weight != 0.f; j++) {
       const uint8_t* keep = arrays.keep ? arrays.keep + (row + i) * a.keep.query + j * a.keep.key : nullptr;
       vf w = splat(keep ? (*keep ? weight * a.keep_scale : weight * 0.f) : weight);
@@ -258,8 +254,7 @@ struct QueryBlock {
 
   void finish() {
     const AttentionArgs& a = *rules.args;
-    auto out = static_cast<typename Mode::Element*>(a.out.data) + batch * a.out.batch + head * a.out.head +
-               row * a.out.row;
+    auto out = row_of<Mode>(a.out, batch, head, row);
     float* lse = a.lse + (batch * a.heads + head) * a.queries + row;
     for (int64_t i = 0; i < rows; i++, out += a.out.row) {
       float sum = reduce_add(load(state.sum + i * kLanes));

@@ -3,7 +3,7 @@
 // Operands: q, k, v, then those of `extras` ("bias", "mask", "query_segment_ids", "key_value_segment_ids", "keep"),
 // then, backward, out, lse and the cotangent of out. Results: out, lse; backward, one gradient per index in `wrt`.
 #pragma once
-#include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -76,6 +76,15 @@ class AttentionBinder {
     return ffi::Error::Success();
   }
 
+  ffi::Error bind_bias_gradient(ffi::AnyBuffer x) {
+    AttentionBroadcast checked{};
+    if (x.element_type() != bias_type_) return bad_argument(op_, "bias's gradient", "of bias's dtype");
+    if (auto e = broadcast(x, "bias's gradient", {args.heads, args.queries, args.keys}, checked); e.failure()) return e;
+    if (args.batch * args.heads == 0) memset(x.untyped_data(), 0, x.size_bytes());
+    args.bias_gradient = x.untyped_data();
+    return ffi::Error::Success();
+  }
+
   template <class Buffer>
   ffi::Error bind_lse(Buffer x) {
     auto d = x.dimensions();
@@ -113,6 +122,7 @@ class AttentionBinder {
     auto type = x.element_type();
     if (name == "bias") {
       if (!is_float(type)) return bad_argument(op_, "bias", "float32 or bfloat16");
+      bias_type_ = type;
       args.bias.element = type == ffi::DataType::F32 ? AttentionElement::f32 : AttentionElement::bf16;
       return broadcast(x, "bias", {args.heads, args.queries, args.keys}, args.bias);
     }
@@ -134,7 +144,8 @@ class AttentionBinder {
     bool good = d.size() == full.size();
     for (size_t i = 0; good && i < full.size(); i++)
       good = d[i] == full[i] || (d[i] == 1 && (core.size() == 3 || i + 1 < full.size()));
-    if (!good) return bad_argument(op_, name, "of shape " + text(full) + " (or 1 in a dimension), not " + shape_text(d));
+    if (!good)
+      return bad_argument(op_, name, "of shape " + text(full) + " (or 1 in a dimension), not " + shape_text(d));
     to.data = x.untyped_data();
     std::vector<int64_t> strides(full.size());
     int64_t stride = 1;
@@ -154,7 +165,7 @@ class AttentionBinder {
 
   const char* op_;
   const AttentionAttributes& attributes_;
-  ffi::DataType type_ = ffi::DataType::INVALID;
+  ffi::DataType type_ = ffi::DataType::INVALID, bias_type_ = ffi::DataType::INVALID;
 };
 
 inline ffi::Error attention_forward_call(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -185,7 +196,7 @@ inline ffi::Error bind_gradients(AttentionBinder& binder, ffi::RemainingRets& re
     if (wrt[i] == 0) e = binder.bind(g, "query's gradient", 0, a.heads, a.queries, a.depth, a.dq);
     else if (wrt[i] == 1) e = binder.bind(g, "key's gradient", 1, a.kv_heads, a.keys, a.depth, a.dk);
     else if (wrt[i] == 2) e = binder.bind(g, "value's gradient", 2, a.kv_heads, a.keys, a.value_depth, a.dv);
-    else if (wrt[i] == 3 && extras.substr(0, 4) == "bias") a.bias_gradient = g.untyped_data();
+    else if (wrt[i] == 3 && extras.substr(0, 4) == "bias") e = binder.bind_bias_gradient(g);
     else e = bad_argument("attention_backward", "wrt", "indices of query, key, value and bias");
     if (e.failure()) return e;
   }

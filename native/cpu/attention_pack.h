@@ -1,9 +1,15 @@
 // Copies of attention's operands in the orders that the tiles of attention_tile.h read.
 #pragma once
+#include "attention.h"
 #include "attention_tile.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
+
+template <class Mode>
+typename Mode::Element* row_of(const AttentionOperand& x, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<typename Mode::Element*>(x.data) + batch * x.batch + head * x.head + row * x.row;
+}
 
 // Words [word, word + kLanes) of a row of `depth` elements, zero behind its end.
 template <class Mode>
