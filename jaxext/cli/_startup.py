@@ -60,10 +60,12 @@ class _ImportWatcher(MetaPathFinder):
 
 
 def _install(memory: str) -> None:
-    import jaxext
-
     try:
-        jaxext.install(memory=memory)
+        from jaxext._install import install
+
+        install(memory=memory)
+    except ImportError as error:  # a JAX that jaxext does not fit
+        print(f"jaxext run: {error} The program runs on plain JAX.", file=sys.stderr)
     except ValueError as error:  # a JAXEXT_* variable that cannot be read
         print(f"jaxext run: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,18 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", f"{len(_native_fact('targets'))} native targets registered")
 
 
+def _hooks() -> Iterator[Finding]:
+    from jaxext.rewrite import hooks
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # says what is found below
+        status = hooks.activate()
+    working = {"gradients": status.differentiation, "functions under jit": status.jit}
+    for name, works in working.items():
+        advice = "" if works else f"{status.reason}; upgrade jaxext, or install a JAX that it supports."
+        yield Finding(name, "seen" if works else "not seen: they run on stock JAX", advice, broken=not works)
+
+
 def _settings() -> Iterator[Finding]:
     from jaxext import _settings
 
@@ -291,5 +304,6 @@ _SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Versions": _versions,
     "Devices": _devices,
     "Kernels": _kernels,
+    "Hooks (self-test)": _hooks,
     "Settings": _settings,
 }

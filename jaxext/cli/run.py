@@ -53,4 +53,13 @@ def _load(args: argparse.Namespace) -> _program.Program:
 
 
 def _report_at_exit() -> None:
-    atexit.register(print, "report to come", file=sys.stderr)
+    from jaxext.rewrite.report import Report, collect_everywhere
+
+    report = Report()
+    collect_everywhere(report)
+
+    def show() -> None:
+        report.notes.append(str(_memory.state()))
+        print(f"\njaxext run: {report}", file=sys.stderr)
+
+    atexit.register(show)
