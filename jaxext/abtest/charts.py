@@ -137,8 +137,13 @@ def _differences(parity: Parity) -> Panel:
     def draw(axes: Axes) -> None:
         found = relative_differences(parity.reference_losses, parity.candidate_losses)
         steps = list(range(1, len(found) + 1))
-        floor = parity.tolerance.loss * 1e-6
-        axes.semilogy(steps, [max(value, floor) for value in found], color=CANDIDATE, marker=".", linewidth=1)
+        floor = parity.tolerance.loss * 1e-5
+        heights = [max(value, floor) for value in found]
+        axes.semilogy(steps, heights, color=CANDIDATE, linewidth=0.8, alpha=0.5)
+        for equal, fill in ((False, CANDIDATE), (True, "white")):
+            shown = [index for index, value in enumerate(found) if (value == 0) == equal]
+            places = [steps[index] for index in shown]
+            axes.plot(places, [heights[i] for i in shown], "o", color=CANDIDATE, markerfacecolor=fill, markersize=4)
         axes.hlines(parity.tolerance.loss, 1, max(min(FIRST_STEPS, len(found)), 2), color=ALARM, linewidth=1.2)
         axes.text(1, parity.tolerance.loss * 1.4, "tolerance", color=ALARM, va="bottom", fontsize=8.5)
         axes.set_ylim(floor * 0.6, parity.tolerance.loss * 12)
@@ -146,7 +151,7 @@ def _differences(parity: Parity) -> Panel:
         axes.set_xlabel("step")
         axes.set_ylabel("relative difference")
 
-    caption = f"Relative difference of the losses; the tolerance holds for the first {FIRST_STEPS} steps."
+    caption = f"Relative difference of the losses; the tolerance holds for the first {FIRST_STEPS} steps. Hollow: equal."
     return Panel("Agreement of the losses", caption, draw)
 
 

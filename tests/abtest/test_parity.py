@@ -118,3 +118,9 @@ def test_the_probe_is_disturbed_by_one_roundoff_and_zeros_and_integers_stay():
     assert 0 < np.abs(disturb(value) - 1).max() <= 2 * F32.eps
     assert np.array_equal(disturb(np.zeros(3, np.float32)), np.zeros(3))
     assert np.array_equal(disturb(np.arange(3)), np.arange(3))
+
+
+def test_second_moments_of_rounding_do_not_underflow():
+    rng = np.random.default_rng(0)
+    moments = [(rng.normal(size=64) ** 2 * 1e-25).astype(np.float32) for _ in range(3)]
+    assert compare(*moments, np.zeros(64, np.float32)).fraction < 1
