@@ -13,7 +13,12 @@ from . import _jax_compat as compat
 from . import _memory, _settings
 from .rewrite import hooks
 
+class _Installed:
+    """Stands for the process-wide switch among those who rely on the hooks."""
+
+
 _lock = threading.RLock()
+_installed = _Installed()
 
 
 def install(*, memory: str = "reuse", exclude: str | Iterable[str] = ()) -> None:
@@ -51,7 +56,7 @@ def uninstall() -> None:
     """
     with _lock:
         _settings.set_everywhere(None)
-        hooks.deactivate_unless_used()
+        hooks.deactivate_unless_used(released=_installed)
 
 
 def is_installed() -> bool:

@@ -22,7 +22,7 @@ class Settings:
     """Settings of one scope.
 
     `exclude`: kernels not to use. `require`: kernels whose absence is an error. `strict`: any fall-back is an error.
-    `probe` keeps the traces of one `explain` apart from all others.
+    `probe` keeps the traces of one `explain` apart from all others; it reports, so it enforces nothing.
     """
 
     exclude: frozenset[str] = frozenset()
@@ -44,8 +44,12 @@ class Settings:
         """These settings in the scope of `outer`: what either switches off is off."""
         if outer is None:
             return self
-        return dataclasses.replace(
-            self, exclude=self.exclude | outer.exclude, strict=self.strict or outer.strict, probe=outer.probe
+        probe = self.probe or outer.probe
+        return Settings(
+            exclude=self.exclude | outer.exclude,
+            require=() if probe else self.require,
+            strict=not probe and (self.strict or outer.strict),
+            probe=probe,
         )
 
 

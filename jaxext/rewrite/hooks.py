@@ -28,7 +28,8 @@ from .patterns import PATTERNS
 from .report import Entry, Report, check_required, collecting, record
 from .rewrite import NotExchangeable, replay, retrace
 
-_CONCRETE = (
+# What JAX raises where Python looks at the value of a traced array.
+CONCRETE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -73,7 +74,7 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
         arrays = [leaves[number] for number in traced]
         try:
             closed = compat.trace(flat, [jax.typeof(array) for array in arrays], name=compat.user_name(fun))
-        except _CONCRETE as error:
+        except CONCRETE as error:
             # Python that looks at values works outside jit only; there the function is called once more.
             if not any(map(compat.is_concrete, arrays)):
                 raise
@@ -230,10 +231,12 @@ def activate(relying: Any = None) -> compat.HookStatus:
         return _active
 
 
-def deactivate_unless_used() -> None:
-    """Take the hooks out of JAX, unless an accelerated function relies on them."""
+def deactivate_unless_used(released: Any = None) -> None:
+    """Take the hooks out of JAX, unless somebody other than `released` relies on them."""
     global _active
     with _lock:
+        if released is not None:
+            _relying.discard(released)
         if not _relying:
             compat.remove_hooks()
             _active = None
@@ -247,3 +250,10 @@ def _ladder_warning(status: compat.HookStatus) -> str:
     else:
         lost = "everything runs on plain JAX"
     return f"jaxext does not fit JAX {jax.__version__} ({status.reason}): {lost}. Upgrade jaxext."
+
+
+def status() -> compat.HookStatus:
+    """Which hooks work in this JAX; they are taken out again where nobody relies on them."""
+    result = activate()
+    deactivate_unless_used()
+    return result
