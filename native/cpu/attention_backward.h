@@ -9,8 +9,6 @@
 namespace jaxext::JAXEXT_ISA {
 namespace {
 
-constexpr int64_t kBackwardBudget = int64_t{96} << 20;
-
 // The packed operands and partial sums of one kv head and its query heads.
 template <class Mode>
 struct BackwardLayout {
@@ -88,8 +86,8 @@ void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, f
     bool empty = i >= a.queries - row || lse[i] == -kInfinity;
     vf sum{};
     for (int64_t c = 0; !empty && c < a.value_depth; c += kLanes) {
-      int64_t n = least(a.value_depth - c, kLanes);
-      sum = fma(load_first(out + i * a.out.row + c, n), load_first(dout + i * a.dout.row + c, n), sum);
+      int64_t n = a.value_depth - c;
+      sum = fma(load_part(out + i * a.out.row + c, n), load_part(dout + i * a.dout.row + c, n), sum);
     }
     delta[i] = empty ? 0.f : reduce_add(sum);
     base2_lse[i] = empty ? kInfinity : lse[i] * kLog2E;
@@ -104,8 +102,8 @@ void pack_query_block(const BackwardLayout<Mode>& m, const Rules& rules, int64_t
   float* head = m.head(slot, member);
   auto q = row_of<Mode>(a.q, b, h, row);
   auto dout = row_of<Mode>(a.dout, b, h, row);
-  memset(m.query_left(head, row), 0, kQueries * m.query_row * sizeof(float));
-  memset(m.dout_left(head, row), 0, kQueries * m.dout_row * sizeof(float));
+  memset(m.query_left(head, row + rows), 0, (kQueries - rows) * m.query_row * sizeof(float));
+  memset(m.dout_left(head, row + rows), 0, (kQueries - rows) * m.dout_row * sizeof(float));
   pack_rows<Mode>(q, a.q.row, rows, a.depth, rules.query_scale, m.query_left(head, row), m.query_row);
   pack_rows<Mode>(dout, a.dout.row, rows, a.value_depth, 1.f, m.dout_left(head, row), m.dout_row);
   if (Mode::kPaired) {
@@ -204,7 +202,7 @@ JAXEXT_NOINLINE void pair_gradients(const float* scores, const float* dp, int64_
         store(ds_rows + r / 2 * width + c + v * kLanes, pair_rows(ds[0][v], ds[1][v]));
       }
       JAXEXT_UNROLL
-      for (int i = 0; i < 2; i++) store_weights<Paired>(ds_left + (r + i) * width / 2, c, ds[i][0], ds[i][1]);
+      for (int i = 0; i < 2; i++) store(ds_left + ((r + i) * width + c) / 2, pair_columns(ds[i][0], ds[i][1]));
     }
 }
 
@@ -220,7 +218,7 @@ void pair_computed(const float* p, const float* ds, int64_t first, int64_t last,
     }
   for (int64_t r = 0; r < kRows; r++)
     for (int64_t c = first; c < last; c += 2 * kLanes)
-      store_weights<Paired>(ds_left + r * width / 2, c, load(ds + r * width + c), load(ds + r * width + c + kLanes));
+      store(ds_left + (r * width + c) / 2, pair_columns(load(ds + r * width + c), load(ds + r * width + c + kLanes)));
 }
 #endif
 
@@ -244,7 +242,7 @@ struct GradientBlock {
     Span band = band_span(a, row + i, kRows, key, Mode::kKeys);
     if (band.first >= band.last) return clear_strip(p, ds, 0, 0);
     Span inner{row + i + kRows - 1 + a.band_low - key, row + i + a.band_high + 1 - key};
-    int64_t first = band.first / (2 * kLanes) * 2 * kLanes, last = round_up(band.last, 2 * kLanes);
+    int64_t first = round_down(band.first, kColumnStep<Mode>), last = round_up(band.last, kColumnStep<Mode>);
     float* scores = Mode::kPaired ? tile.scores : p;
     float* dweights = Mode::kPaired ? tile.dweights : ds;
     panel_product<Mode>(scores, Mode::kKeys, {m.query_left(head, row + i), m.query_row, 1}, m.key_panels(slot, key),
@@ -334,7 +332,7 @@ void write_rows(Element* out, int64_t stride, const float* in, int64_t width, in
                        float factor) {
   for (int64_t i = 0; i < rows; i++)
     for (int64_t c = 0; c < depth; c += kLanes)
-      store_first(out + i * stride + c, load(in + i * width + c) * splat(factor), least(depth - c, kLanes));
+      store_part(out + i * stride + c, load(in + i * width + c) * splat(factor), depth - c);
 }
 
 // Rows whose keys are all hidden and whose fill is not zero: each gives every key weight * dout.
@@ -353,7 +351,7 @@ void add_filled_rows(const BackwardLayout<Mode>& m, int64_t b, int64_t h, const 
       if (arrays.keep) w *= arrays.keep[i * a.keep.query + j * a.keep.key] ? a.keep_scale : 0.f;
       for (int64_t c = 0; c < a.value_depth; c += kLanes) {
         float* p = dv + (j - key) * m.out_width + c;
-        store(p, fma(splat(w), load_first(dout + c, least(a.value_depth - c, kLanes)), load(p)));
+        store(p, fma(splat(w), load_part(dout + c, a.value_depth - c), load(p)));
       }
     }
   }
@@ -410,7 +408,7 @@ void backward(const AttentionArgs& args, const Parallel& par) {
   int64_t query_blocks = (args.queries + kQueries - 1) / kQueries;
   int64_t chunks = most(1, least(key_blocks, (4 * par.threads + kv_heads - 1) / kv_heads));
   BackwardLayout<Mode> m(args, chunks);
-  int64_t wave = least(kv_heads, most(par.threads, kBackwardBudget / static_cast<int64_t>(m.size * sizeof(float) + 1)));
+  int64_t wave = wave_heads(kv_heads, m.size, par);
   m.data = static_cast<float*>(acquire_workspace(wave * m.size * sizeof(float)));
   for (int64_t base = 0; base < kv_heads; base += wave) {
     int64_t count = least(wave, kv_heads - base), blocks = m.share * query_blocks;

@@ -41,7 +41,7 @@ struct BiasGradientTask {
   void add_strip(const HeadArrays& arrays, int64_t row, int64_t i, int64_t key) {
     Span band = band_span(a, row + i, kRows, key, Mode::kKeys);
     if (band.first >= band.last) return;
-    int64_t first = band.first / kLanes * kLanes, last = round_up(band.last, kLanes);
+    int64_t first = round_down(band.first, kLanes), last = round_up(band.last, kLanes);
     panel_product<Mode>(scores, Mode::kKeys, {queries + i * query_row, query_row, 1}, key_panels,
                         words<Mode>(a.depth), first, last);
     panel_product<Mode>(dweights, Mode::kKeys, {douts + i * dout_row, dout_row, 1}, value_panels,
@@ -94,7 +94,7 @@ struct BiasGradientTask {
         memcpy(static_cast<float*>(a.bias_gradient) + at, line, n * sizeof(float));
       else
         for (int64_t c = 0; c < n; c += kLanes)
-          store_first(static_cast<bf16*>(a.bias_gradient) + at + c, load(line + c), least(n - c, kLanes));
+          store_part(static_cast<bf16*>(a.bias_gradient) + at + c, load(line + c), n - c);
     }
   }
 };

@@ -10,7 +10,13 @@ namespace {
 // A row's reference maximum is raised only when a score exceeds it by this many powers of two: rescaling is rare, and
 // the exponentials stay far from overflow.
 constexpr float kHeadroom = 8.f;
-constexpr int64_t kWorkspaceBudget = int64_t{48} << 20;
+
+// kv heads whose packed operands (`floats` each) are held at a time: enough for every thread, and otherwise few, so that
+// they are still in the cache when they are used.
+int64_t wave_heads(int64_t kv_heads, int64_t floats, const Parallel& par) {
+  constexpr int64_t kCached = int64_t{2} << 20;
+  return least(kv_heads, most(4 * par.threads, kCached * par.threads / (floats * 4 + 1)));
+}
 
 // One vector per row of partial sums, base-2 maxima, unnormalised output.
 struct RowState {
@@ -45,14 +51,10 @@ JAXEXT_NOINLINE void raise_maxima(const float* scores, int64_t width, int64_t fi
   }
 }
 
-template <class Mode>
-JAXEXT_INLINE void store_weights(float* row, int64_t c, vf low, vf high) {
 #if defined(__AVX512BF16__)
-  if constexpr (Mode::kPaired) return store(row + c / 2, (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+// Two vectors of weights as one of bf16, columns in order.
+JAXEXT_INLINE vf pair_columns(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 #endif
-  store(row + c, low);
-  store(row + c + kLanes, high);
-}
 
 struct Dropout {
   const uint8_t* keep;  // first row and key of the tile; null: none
@@ -66,28 +68,34 @@ JAXEXT_INLINE vf dropout_factor(const Dropout& drop, int64_t r, int64_t c) {
 }
 
 // Scores become softmax weights (times dropout) in place, as left operand of the product with the values.
-// first and last are multiples of 2 * kLanes.
+// first and last are multiples of kColumnStep.
 template <class Mode, bool kDrop>
 JAXEXT_INLINE void exponentiate(float* scores, float* weights, int64_t first, int64_t last, float exponent,
-                                       RowState state, const Dropout& drop) {
+                                RowState state, const Dropout& drop) {
+  constexpr int kParts = kColumnStep<Mode> / kLanes;
   vf scale = splat(exponent);
   JAXEXT_UNROLL
   for (int64_t r = 0; r < kRows; r++) {
     float* row = scores + r * Mode::kKeys;
-    vf reference = splat(state.maximum[r]), sum = load(state.sum + r * kLanes), other{};
-    for (int64_t c = first; c < last; c += 2 * kLanes) {
-      vf x = load(row + c), y = load(row + c + kLanes);
-      x = exp2_fast<Mode>(Mode::kPaired ? fma(x, scale, -reference) : x - reference);
-      y = exp2_fast<Mode>(Mode::kPaired ? fma(y, scale, -reference) : y - reference);
-      sum = sum + x;
-      other = other + y;
-      if constexpr (kDrop) {
-        x = x * dropout_factor(drop, r, c);
-        y = y * dropout_factor(drop, r, c + kLanes);
+    vf reference = splat(state.maximum[r]), sum = load(state.sum + r * kLanes);
+    for (int64_t c = first; c < last; c += kColumnStep<Mode>) {
+      vf x[kParts];
+      JAXEXT_UNROLL
+      for (int v = 0; v < kParts; v++) {
+        vf raw = load(row + c + v * kLanes);
+        x[v] = exp2_fast<Mode>(Mode::kPaired ? fma(raw, scale, -reference) : raw - reference);
+        sum = sum + x[v];
+        if constexpr (kDrop) x[v] = x[v] * dropout_factor(drop, r, c + v * kLanes);
       }
-      store_weights<Mode>(weights + r * words<Mode>(Mode::kKeys), c, x, y);
+#if defined(__AVX512BF16__)
+      if constexpr (Mode::kPaired) {
+        store(weights + r * words<Mode>(Mode::kKeys) + c / 2, pair_columns(x[0], x[1]));
+        continue;
+      }
+#endif
+      store(weights + r * Mode::kKeys + c, x[0]);
     }
-    store(state.sum + r * kLanes, sum + other);
+    store(state.sum + r * kLanes, sum);
   }
 }
 
@@ -197,7 +205,7 @@ struct QueryBlock {
     Span band = band_span(a, row + i, kRows, start, Mode::kKeys);
     if (band.first >= band.last) return;
     Span inner{row + i + kRows - 1 + a.band_low - start, row + i + a.band_high + 1 - start};
-    int64_t first = band.first / (2 * kLanes) * 2 * kLanes, last = round_up(band.last, 2 * kLanes);
+    int64_t first = round_down(band.first, kColumnStep<Mode>), last = round_up(band.last, kColumnStep<Mode>);
     panel_product<Mode>(scores, Mode::kKeys, {queries + i * query_width, query_width, 1}, panels,
                         words<Mode>(a.depth), first, last);
     bool cut = first < most(band.first, inner.first) || last > least(band.last, inner.last);
@@ -240,16 +248,15 @@ struct QueryBlock {
       const uint8_t* keep = arrays.keep ? arrays.keep + (row + i) * a.keep.query + j * a.keep.key : nullptr;
       vf w = splat(keep ? (*keep ? weight * a.keep_scale : weight * 0.f) : weight);
       for (int64_t c = 0; c < a.value_depth; c += kLanes)
-        store(sum + c, fma(w, load_first(v + j * a.v.row + c, least(a.value_depth - c, kLanes)), load(sum + c)));
+        store(sum + c, fma(w, load_part(v + j * a.v.row + c, a.value_depth - c), load(sum + c)));
     }
     write_row(out, sum, 1.f);
     return hidden ? -kInfinity : weight;
   }
 
   void write_row(typename Mode::Element* out, const float* sum, float factor) {
-    int64_t depth = rules.args->value_depth, c = 0;
-    for (; c + kLanes <= depth; c += kLanes) store(out + c, load(sum + c) * splat(factor));
-    if (c < depth) store_first(out + c, load(sum + c) * splat(factor), depth - c);
+    int64_t depth = rules.args->value_depth;
+    for (int64_t c = 0; c < depth; c += kLanes) store_part(out + c, load(sum + c) * splat(factor), depth - c);
   }
 
   void finish() {
@@ -281,14 +288,14 @@ void forward_block(const Rules& rules, const PackedKeys<Mode>& packed, int64_t s
   block.finish();
 }
 
-// As many kv heads at a time as the budget holds: pack their keys and values, then run their query blocks, the last
-// (under a causal band the longest) first.
+// A wave of kv heads at a time: pack their keys and values, then run their query blocks, the last (under a causal band
+// the longest) first.
 template <class Mode>
 void forward(const AttentionArgs& args, const Parallel& par) {
   Rules rules = make_rules<Mode>(args);
   PackedKeys<Mode> packed(args);
   int64_t kv_heads = args.batch * args.kv_heads, share = args.heads / args.kv_heads;
-  int64_t wave = most(1, least(kv_heads, kWorkspaceBudget / static_cast<int64_t>(packed.size * sizeof(float) + 1)));
+  int64_t wave = wave_heads(kv_heads, packed.size, par);
   int64_t key_blocks = packed.padded_keys / Mode::kKeys, query_blocks = (args.queries + kQueries - 1) / kQueries;
   packed.data = static_cast<float*>(acquire_workspace(wave * packed.size * sizeof(float)));
   for (int64_t base = 0; base < kv_heads; base += wave) {

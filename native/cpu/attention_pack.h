@@ -11,6 +11,16 @@ typename Mode::Element* row_of(const AttentionOperand& x, int64_t batch, int64_t
   return static_cast<typename Mode::Element*>(x.data) + batch * x.batch + head * x.head + row * x.row;
 }
 
+// The first n of kLanes elements, n possibly beyond kLanes.
+template <class Element>
+JAXEXT_INLINE vf load_part(const Element* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, n);
+}
+template <class Element>
+JAXEXT_INLINE void store_part(Element* p, vf x, int64_t n) {
+  n >= kLanes ? store(p, x) : store_first(p, x, n);
+}
+
 // Words [word, word + kLanes) of a row of `depth` elements, zero behind its end.
 template <class Mode>
 JAXEXT_INLINE vf load_row_words(const typename Mode::Element* row, int64_t word, int64_t depth) {
@@ -23,8 +33,7 @@ JAXEXT_INLINE vf load_row_words(const typename Mode::Element* row, int64_t word,
     if (left > 0) memcpy(rest, bits, left * sizeof(*row));
     return load(rest);
   } else {
-    if (left >= kLanes) return load(row + word);
-    return left > 0 ? load_first(row + word, left) : vf{};
+    return left > 0 ? load_part(row + word, left) : vf{};
   }
 }
 

@@ -160,13 +160,18 @@ JAXEXT_INLINE vi lane_index() {
   return x;
 }
 
-// Lanes of keys [key, key + kLanes) that query `row` attends, by band, end of keys, segments and mask.
-JAXEXT_INLINE vi visible_lanes(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key) {
+// Lanes of keys [key, key + kLanes) that query `row` attends, by band and end of keys.
+JAXEXT_INLINE vi band_lanes(const AttentionArgs& args, int64_t row, int64_t key) {
   int64_t low = most(row + args.band_low - key, 0);
   int64_t high = least(least(row + args.band_high, args.keys - 1) - key, kLanes);
   vi lane = lane_index();
-  vi seen = (lane >= splat_i(static_cast<int32_t>(least(low, kLanes)))) &
-            (lane <= splat_i(static_cast<int32_t>(most(high, -1))));
+  return (lane >= splat_i(static_cast<int32_t>(least(low, kLanes)))) &
+         (lane <= splat_i(static_cast<int32_t>(most(high, -1))));
+}
+
+// As band_lanes, by segments and mask too.
+JAXEXT_INLINE vi visible_lanes(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key) {
+  vi seen = band_lanes(args, row, key);
   int64_t n = args.keys - key;
   if (head.query_segments) {
     vi k{};
@@ -191,6 +196,16 @@ JAXEXT_INLINE vf tanh_fast(vf x) {
   return select(a < splat(0.625f), near, far);
 }
 
+// apply_rules where only the band and the end of the keys matter.
+void hide_by_band(const AttentionArgs& args, int64_t row, int64_t start, int64_t first, int64_t last, float* scores,
+                  int64_t width) {
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t c = first; c < last; c += kLanes) {
+      float* p = scores + r * width + c;
+      store(p, select(band_lanes(args, row + r, start + c), load(p), splat(-kInfinity)));
+    }
+}
+
 // Turns raw products of queries [row, row + kRows) and keys start + [first, last) into what the exponential takes:
 // hidden keys become -inf, and where rules.changes, soft cap and bias are applied and the result is a base-2 exponent.
 // Where `slope` is given, it takes the derivative of the soft cap.
@@ -198,6 +213,7 @@ JAXEXT_NOINLINE void apply_rules(const Rules& rules, const HeadArrays& head, int
                                         int64_t first, int64_t last, float* scores, int64_t width,
                                         float* slope = nullptr) {
   const AttentionArgs& args = *rules.args;
+  if (!rules.changes && !rules.hides) return hide_by_band(args, row, start, first, last, scores, width);
   float cap_in = args.soft_cap != 0.f ? rules.natural / args.soft_cap : 0.f;
   for (int64_t r = 0; r < kRows; r++) {
     int64_t i = least(row + r, args.queries - 1);  // padding rows repeat the last

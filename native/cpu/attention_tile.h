@@ -38,9 +38,14 @@ constexpr int kTileVectors = 2;
 constexpr int kPanel = kTileVectors * kLanes;
 constexpr int kQueries = 96;  // rows of a query block: a multiple of kRows, even
 
+constexpr int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Columns of scores that are treated together: Paired, two vectors become one.
+template <class Mode>
+constexpr int kColumnStep = Mode::kPaired ? 2 * kLanes : kLanes;
 
 // Words that n contracted elements take.
 template <class Mode>
