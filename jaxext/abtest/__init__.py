@@ -59,9 +59,9 @@ def ab(
     return Experiment(name, options, lambda _: LocalHost(workload, seed, cold_traces=False), Watcher()).run()
 
 
-def check_counts(*, steps: int, repeats: int, budget: float | None) -> None:
+def check_counts(*, steps: int, repeats: int, budget: float | None, least_repeats: int = 3) -> None:
     """Raise ValueError, naming the argument, where a count makes no sense."""
-    for name, value, least in (("steps", steps, 1), ("repeats", repeats, 3)):
+    for name, value, least in (("steps", steps, 1), ("repeats", repeats, least_repeats)):
         if value < least:
             raise ValueError(f"{name}={value}: expected at least {least}.")
     if budget is not None and not budget > 0:

@@ -70,8 +70,8 @@ def main(args: argparse.Namespace) -> int:
     # Results alone go to standard output, so that `--json -` can be piped.
     errors = Console(stderr=True)
     try:
-        _check(args)
         path, factory = parse_target(args.target)
+        _check(args, factory)
         if factory is None:
             return _program(args, path, errors)
         if args.args:
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
         return EXIT_DISAGREES if error.kernels else EXIT_BAD_INPUT
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, factory: str | None) -> None:
     """Whatever would fail only after minutes of measuring is checked first."""
     from jaxext.abtest import charts, check_counts
 
@@ -98,7 +98,9 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {path}: the folder {path.parent} does not exist. Make it first.")
     if args.html or args.png:
         charts.require_matplotlib()
-    check_counts(steps=args.steps, repeats=3 if args.repeats is None else args.repeats, budget=args.budget)
+    least = 3 if factory else 1  # A program's run has many steps, which are paired one by one.
+    repeats = least if args.repeats is None else args.repeats
+    check_counts(steps=args.steps, repeats=repeats, budget=args.budget, least_repeats=least)
 
 
 def _step(args: argparse.Namespace, path: Path, factory: str, errors: Console) -> int:

@@ -3,7 +3,9 @@
 import contextlib
 import textwrap
 
+import jax
 import pytest
+from tiny_step import make_args, train_step
 
 import jaxext
 
@@ -23,9 +25,8 @@ class FakeReport:
         return {"replaced": [entry, entry], "missed": [missed], "fallbacks": [], "notes": ["a note"]}
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Puts `accelerated(function)` in the place of jaxext's own work, so that the tester alone is tested."""
+def put_stand_in(monkeypatch):
+    """A function that puts `accelerated(function)` in the place of jaxext's own work: the tester alone is tested."""
 
     def put(accelerated=lambda function: function):
         monkeypatch.setitem(vars(jaxext), "accelerate", lambda function, exclude=(): accelerated(function))
@@ -33,6 +34,19 @@ def stand_in(monkeypatch):
         monkeypatch.setitem(vars(jaxext), "explain", lambda function: lambda *args: FakeReport())
 
     return put
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    return put_stand_in(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def result():
+    """A result of two equal sides."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        put_stand_in(monkeypatch)()
+        return jaxext.ab(jax.jit(train_step), *make_args(), steps=3, repeats=3, budget=20)
 
 
 @pytest.fixture

@@ -1,22 +1,13 @@
 """What a person sees: the table, the page, the picture."""
 
+import dataclasses
 import re
 import struct
 import sys
 
 import pytest
-from tiny_step import make_args, train_step
 
-import jaxext
 from jaxext.abtest import charts, html, report
-
-
-@pytest.fixture
-def result(stand_in):
-    stand_in()
-    import jax
-
-    return jaxext.ab(jax.jit(train_step), *make_args(), steps=3, repeats=3, budget=20)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +53,6 @@ def test_the_page_is_self_contained(result):
 
 
 def test_the_page_escapes_what_a_program_is_called(result):
-    import dataclasses
-
     page = html.page(dataclasses.replace(result, name="<b>&.py:factory"))
     assert "<b>" not in page.split('id="result"')[0]
     assert "&lt;b&gt;&amp;.py:factory" in page
