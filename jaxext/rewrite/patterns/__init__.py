@@ -1,6 +1,6 @@
 """The patterns, largest first: a larger one takes what a smaller one is part of."""
 
 from ..match import Pattern
-from . import attention, norm
+from . import attention, cross_entropy, norm
 
-PATTERNS: tuple[Pattern, ...] = (attention.PATTERN, norm.LAYER_NORM, norm.RMS_NORM)
+PATTERNS: tuple[Pattern, ...] = (cross_entropy.PATTERN, attention.PATTERN, norm.LAYER_NORM, norm.RMS_NORM)
