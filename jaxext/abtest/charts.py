@@ -151,7 +151,9 @@ def _differences(parity: Parity) -> Panel:
         axes.set_xlabel("step")
         axes.set_ylabel("relative difference")
 
-    caption = f"Relative difference of the losses; the tolerance holds for the first {FIRST_STEPS} steps. Hollow: equal."
+    caption = (
+        f"Relative difference of the losses; the tolerance holds for the first {FIRST_STEPS} steps. Hollow: equal."
+    )
     return Panel("Agreement of the losses", caption, draw)
 
 

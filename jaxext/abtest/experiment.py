@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxext._settings import KERNELS
 from jaxext.abtest import contributions, machine, parity, timing
 from jaxext.abtest.host import Compilation, LocalHost
 from jaxext.abtest.remote import RemoteHost
@@ -110,15 +111,13 @@ class Experiment:
         """The host in which `side` lives."""
         setting = self._settings[side]
         if setting.process not in self._hosts:
-            host = self._start(setting)
-            self._hosts[setting.process] = host
-            if isinstance(host, RemoteHost) and host.memory_note:
-                self._notes.append(host.memory_note)
+            self._hosts[setting.process] = self._start(setting)
         return self._hosts[setting.process]
 
     def _run(self) -> Result:
         self._phase("starting")
         hosts = {side: self.host(side) for side in self._settings}
+        self._notes += filter(None, [host.wait() for host in self._hosts.values()])
         facts = self._facts(hosts)
         peaks = hosts["candidate"].peaks(0.2)
         self._open_sides()
@@ -205,7 +204,7 @@ class Experiment:
                 reference.open_probe("probe", of="reference")
             reference.run("probe")
             self._leaves += self._compare_now(reference)
-            if "system" in self._settings and step < 2:
+            if "system" in self._settings and step == 0:
                 self._step_seconds["system"] = self.step("system")
             step += 1
             # Two steps are a must (the second starts from a changed state); more, while they cost little.
@@ -229,10 +228,8 @@ class Experiment:
     def _kernels(self, replacements: dict[str, Any]) -> list[str]:
         if not (self._options.contributions and self._options.candidate.kernels):
             return []
-        counts: dict[str, int] = {}
-        for entry in replacements.get("replaced", []):
-            counts[entry["kernel"]] = counts.get(entry["kernel"], 0) + 1
-        return sorted(counts, key=lambda kernel: -counts[kernel])
+        used = {entry["kernel"] for entry in replacements.get("replaced", [])}
+        return [kernel for kernel in KERNELS if kernel in used]
 
     def _time_sides(self, inner: int, kernels: list[str]) -> tuple[dict[str, list[float]], list[Row]]:
         """Interleaved rounds of both sides; the first ones include stock with system memory where that is a row."""

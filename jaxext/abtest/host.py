@@ -85,6 +85,7 @@ class LocalHost:
         self._probe_start: tuple[Any, ...] | None = None
         self._sides: dict[str, _Side] = {}
         self._adopted: dict[str, _Adopted] = {}
+        self._in_place = state.modules_in(workload.args)
         self._wiring: state.Wiring | None = None
         self._seed = seed
         self._cold_traces = cold_traces
@@ -112,8 +113,9 @@ class LocalHost:
         if not self._cold_traces:
             return [None] * len(settings)
         found: list[float | None] = []
-        # The first trace of a process imports and initialises much, so it is thrown away.
-        for setting in [settings[0], *settings]:
+        # The first trace of a process imports and initialises much, so it is thrown away; the last, of the side that
+        # is opened first, stays in the cache.
+        for setting in [settings[0], *reversed(settings)]:
             jax.clear_caches()
             args = state.copy_args(self._start)
             with self._reporting(setting), self._scope(setting):
@@ -121,8 +123,7 @@ class LocalHost:
                 begin = time.perf_counter()
                 function.trace(*args)
                 found.append(time.perf_counter() - begin)
-        jax.clear_caches()
-        return found[1:]
+        return found[:0:-1]
 
     def _under(self, setting: Setting) -> Any:
         return jaxext.accelerate(self._function, exclude=setting.exclude) if setting.kernels else self._function
@@ -204,29 +205,22 @@ class LocalHost:
         """
         side = self._sides[name]
         with self._reporting(side.setting):
-            if self._wiring is None:
-                self._discover(side)
             seconds, losses = 0.0, []
             for _ in range(steps):
                 args = self._following(side)
                 with self._scope(side.setting):
                     begin = time.perf_counter()
                     outputs = jax.block_until_ready(side.function(*args))
-                    for index in self.wiring.in_place:
+                    for index in self._in_place:
                         jax.block_until_ready([x for x in jax.tree.leaves(args[index]) if isinstance(x, jax.Array)])
                     seconds += time.perf_counter() - begin
                 side.args, side.outputs = args, outputs
                 side.steps += 1
+                if self._wiring is None:
+                    self._wiring = state.wire(self._workload.step, self._start, outputs)
                 loss = state.loss_of(self.wiring, outputs)
                 losses += [] if loss is None else [loss]
         return seconds, losses
-
-    def _discover(self, side: _Side) -> None:
-        """One throw-away step on copies shows what is fed back."""
-        args = state.copy_args(self._start)
-        with self._scope(side.setting):
-            outputs = jax.block_until_ready(side.function(*args))
-        self._wiring = state.wire(self._workload.step, self._start, outputs)
 
     def _following(self, side: _Side) -> tuple[Any, ...]:
         if side.outputs is None:
@@ -278,6 +272,10 @@ class LocalHost:
 
     def peaks(self, seconds: float) -> dict[str, float]:
         return machine.peaks(seconds)
+
+    def wait(self) -> str:
+        """This process is ready; "" as its memory setting is the user's."""
+        return ""
 
     def peak_rss(self) -> int:
         return machine.peak_rss()

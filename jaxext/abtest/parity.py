@@ -96,6 +96,10 @@ def _norm(values: np.ndarray) -> float:
     return float(np.sqrt(np.dot(wide, wide)))
 
 
+def _finite(norm: float) -> float:
+    return norm if np.isfinite(norm) else 0.0
+
+
 def _is_inexact(values: np.ndarray) -> bool:
     return bool(np.issubdtype(values.dtype, np.inexact)) or values.dtype.name in TOLERANCES
 
@@ -106,14 +110,15 @@ def _real(values: np.ndarray) -> np.ndarray:
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
-def _difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """left - right, where NaN equals NaN and an infinity itself."""
+def _distance(left: np.ndarray, right: np.ndarray) -> float:
+    """||left - right||, where NaN equals NaN and an infinity itself; infinite where one side alone is not finite."""
     with np.errstate(invalid="ignore"):
-        difference = left - right
-    if not np.isfinite(difference).all():
+        norm = _norm(left - right)
+    if not np.isfinite(norm):
         same = (left == right) | (np.isnan(left) & np.isnan(right))
-        difference = np.where(same, 0, difference)
-    return difference
+        with np.errstate(invalid="ignore"):
+            norm = _norm(np.where(same, 0, left - right).astype(np.float64))
+    return norm if np.isfinite(norm) else float("inf")
 
 
 def compare_leaf(
@@ -126,20 +131,21 @@ def compare_leaf(
     reference, candidate, probe = (_real(leaf) for leaf in after)
     if not candidate.shape == reference.shape == probe.shape:
         return LeafError(name, step, float("inf"), 0.0, 0.0)
-    error = _norm(_difference(candidate, reference))
-    size = _norm(np.nan_to_num(reference))
-    shift = _difference(probe, reference)
-    gain = size
+    error = _distance(candidate, reference)
+    size = gain = _norm(reference)
+    shifted = reference
     if before is not None:
         first, disturbed = (_real(leaf) for leaf in before)
-        gain = _norm(np.nan_to_num(reference - first))
+        gain = _distance(reference, first)
         # The probe began elsewhere, so what they gained is compared, not where they are.
-        shift = shift - (disturbed - first)
-    bound = rule.factor * _norm(np.nan_to_num(shift))
+        shifted = reference if disturbed is first else reference + (disturbed - first)
+    # Where stock itself is not finite, no bound follows from it, and only equal values agree.
+    bound = rule.factor * _finite(_distance(probe, shifted))
+    size, gain = _finite(size), _finite(gain)
     if _is_inexact(after[0]):
         own = 2.0**-23 if after[0].dtype.itemsize >= 4 else 2.0**-8
         bound += rule.floor * gain + 8 * own * size
-    return LeafError(name, step, float("inf") if np.isnan(error) else error, bound, gain)
+    return LeafError(name, step, error, bound, gain)
 
 
 def compare_leaves(

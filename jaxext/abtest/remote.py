@@ -20,9 +20,8 @@ from jaxext.abtest.settings import Setting
 class RemoteHost:
     """Starts `python -m jaxext.abtest.worker` under `setting`'s environment and memory behaviour.
 
-    Raises:
-      TargetError: the worker cannot load the target.
-      StepError: the step raised there, or the process died.
+    Returns at once; `wait` ends when the worker has loaded the target. Every method raises StepError where the step
+    raised there, or the process died.
     """
 
     def __init__(self, path: Path, factory: str, setting: Setting, seed: int) -> None:
@@ -39,7 +38,14 @@ class RemoteHost:
             env=environment,
             text=True,
         )
-        self.memory_note: str = self._answer()
+
+    def wait(self) -> str:
+        """Wait until the target is loaded; "" or why the memory setting has less effect.
+
+        Raises:
+          TargetError: the worker cannot load the target.
+        """
+        return self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -33,6 +33,11 @@ def has_modules(args: tuple[Any, ...]) -> bool:
     return any(is_module(leaf) for leaf in jax.tree.leaves(args, is_leaf=is_module))
 
 
+def modules_in(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Positions of the arguments that hold modules."""
+    return tuple(index for index, arg in enumerate(args) if has_modules((arg,)))
+
+
 def _map_arrays(function: Callable[[Any], Any], tree: Any) -> Any:
     return jax.tree.map(lambda leaf: function(leaf) if isinstance(leaf, jax.Array | np.ndarray) else leaf, tree)
 
@@ -140,7 +145,7 @@ def _elements(outputs: Any) -> list[Any]:
 
 def wire(step: Callable[..., Any], args: tuple[Any, ...], outputs: Any) -> Wiring:
     """Find what is fed back and the loss. `args` are the arguments before the call (copies), `outputs` its result."""
-    in_place = tuple(index for index, arg in enumerate(args) if has_modules((arg,)))
+    in_place = modules_in(args)
     candidates = [i for i, arg in enumerate(args) if i not in in_place and jax.tree.leaves(arg)]
     feeds: list[tuple[int, int]] = []
     if candidates and _same_kind(outputs, args[candidates[0]]) and not _is_scalar_float(outputs):
