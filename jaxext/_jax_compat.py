@@ -171,7 +171,7 @@ def user_name(fun: Any) -> str:
     """The user's name of a function, under partial applications and the wrappers of JAX and flax."""
     for _ in range(8):
         inner = next(filter(callable, (getattr(fun, name, None) for name in ("__wrapped__", "func", "f", "fun"))), None)
-        if inner is None and getattr(fun, "__module__", "").startswith("jax._src"):
+        if inner is None and (getattr(fun, "__module__", None) or "").startswith("jax._src"):
             cells = zip(fun.__code__.co_freevars, fun.__closure__ or ())
             inner = next((cell.cell_contents for name, cell in cells if name in ("f", "fun")), None)
         if inner is None:
