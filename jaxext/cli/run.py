@@ -60,6 +60,6 @@ def _report_at_exit() -> None:
 
     def show() -> None:
         report.notes.append(str(_memory.state()))
-        print(f"\njaxext run: {report}", file=sys.stderr)
+        print(f"jaxext run: {report}", file=sys.stderr)
 
     atexit.register(show)
