@@ -8,6 +8,7 @@ was found.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import warnings
@@ -25,7 +26,7 @@ from . import plan as planning
 from . import selftest
 from .match import Pattern
 from .patterns import PATTERNS
-from .report import Entry, Report, check_required, collecting, record
+from .report import Entry, Report, check_required, collecting, is_collecting, record
 from .rewrite import NotExchangeable, replay, retrace
 
 # What JAX raises where Python looks at the value of a traced array.
@@ -128,44 +129,63 @@ def _fallback(entry: Entry) -> Report:
 # ---------------------------------------------------------------- the outermost jitted function
 
 
-class _Exchanged:
-    """What the outermost function's jaxpr was exchanged for, by the jaxpr, for as long as JAX keeps that."""
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """What is known of a jitted function's jaxpr, for as long as JAX keeps that.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_jaxpr: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+    `new`: the rewritten jaxpr, None where it stays as it is. `found`: all that was found while it was traced, for JAX
+    does not trace it again when a function that is traced later calls it.
+    """
 
-    def get(self, jaxpr: Any) -> Any:
-        with self._lock:
-            return self._by_jaxpr.get(jaxpr)
-
-    def put(self, jaxpr: Any, new: Any) -> None:
-        with self._lock:
-            self._by_jaxpr[jaxpr] = (new if new is not jaxpr else None,)
+    new: Any
+    found: Report
 
 
-_exchanged = _Exchanged()
+_traced: weakref.WeakKeyDictionary[Any, _Traced] = weakref.WeakKeyDictionary()
+_traced_lock = threading.Lock()
 
 
 def on_jit(fun: Callable[..., Any], infer: Callable[[], Any]) -> Any:
     """What tracing a jitted function gives, rewritten where it is the outermost one."""
     settings = _settings_of(fun)
-    if settings is None or not compat.trace_state_clean():
+    if settings is None:
+        return infer()
+    outermost = compat.trace_state_clean()
+    if not outermost and not is_collecting():
         return infer()
     report = Report()
     with collecting(report):
         inferred = infer()
     jaxpr = compat.jit_jaxpr(inferred)
     if jaxpr is None:
-        check_required(report, settings.require)
+        check_required(report, settings.require if outermost else ())
         return inferred
-    known = _exchanged.get(jaxpr)
+    known = _known(jaxpr, settings, compat.user_name(fun), report) if outermost else _known_inside(jaxpr, report)
+    if not outermost or known is None:
+        return inferred
+    check_required(known.found, settings.require)
+    return inferred if known.new is None else compat.with_jaxpr(inferred, known.new)
+
+
+def _known_inside(jaxpr: Any, report: Report) -> None:
+    if report:
+        with _traced_lock:
+            _traced[jaxpr] = _Traced(None, report)
+        return
+    with _traced_lock:
+        known = _traced.get(jaxpr)
+    if known is not None:
+        record(known.found, strict=False)
+
+
+def _known(jaxpr: Any, settings: Settings, name: str, report: Report) -> _Traced:
+    with _traced_lock:
+        known = _traced.get(jaxpr)
     if known is None:
-        new, found = _exchange(jaxpr, settings, compat.user_name(fun), report)
-        check_required(found, settings.require)
-        _exchanged.put(jaxpr, new)
-        known = (new if new is not jaxpr else None,)
-    return inferred if known[0] is None else compat.with_jaxpr(inferred, known[0])
+        known = _Traced(*_exchange(jaxpr, settings, name, report))
+        with _traced_lock:
+            _traced[jaxpr] = known
+    return known
 
 
 def _settings_of(fun: Any) -> Settings | None:
@@ -195,17 +215,14 @@ def accelerated(fun: Callable[..., Any], settings: Settings) -> Callable[..., An
 
 
 def _exchange(jaxpr: Any, settings: Settings, name: str, before: Report) -> tuple[Any, Report]:
-    """The jaxpr of the whole step, rewritten, and all that was found in it."""
+    """The jaxpr of the whole step, rewritten (None: left as it is), and all that was found in it."""
     plan = planning.make(jaxpr, settings, _patterns(), _mode(whole_step=True))
-    new = jaxpr
+    new = None
     if plan.changes():
         try:
             new = retrace(plan)
         except NotExchangeable as error:
-            found = plan.full_report(name)
-            for entry in found.replaced:
-                record(_fallback(Entry(entry.kernel, reason=str(error), location=name)), settings.strict)
-            return jaxpr, before
+            plan.refuse(str(error))
     found = plan.full_report(name)
     record(found, settings.strict)
     found.extend(before)

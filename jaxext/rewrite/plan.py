@@ -73,8 +73,8 @@ class Plan:
     replacements: list[Replacement] = dataclasses.field(default_factory=list)
     steps: list[Node | Call | Replacement] = dataclasses.field(default_factory=list)
     nested: dict[Node, dict[str, tuple[Plan, ...]]] = dataclasses.field(default_factory=dict)
-    # Why a nested function could not be exchanged after all, by node.
-    refused: dict[Node, str] = dataclasses.field(default_factory=dict)
+    # Why a function could not be exchanged after all, by the node that it is inside of; None: the function itself.
+    refused: dict[Node | None, str] = dataclasses.field(default_factory=dict)
 
     def changes(self, node: Node | None = None) -> bool:
         """True where the plan, or what it has for `node`, replaces anything."""
@@ -93,12 +93,20 @@ class Plan:
             place = f"{location}/{_place(node)}" if location else _place(node)
             for plan in (plan for group in plans.values() for plan in group):
                 inner = plan.full_report(place)
-                if node in self.refused:
-                    reason = self.refused[node]
-                    inner.fallbacks += [dataclasses.replace(e, reason=reason) for e in inner.replaced]
-                    inner.replaced = []
+                _refuse(inner, self.refused.get(node, ""))
                 result.extend(inner)
+        _refuse(result, self.refused.get(None, ""))
         return result
+
+    def refuse(self, reason: str, node: Node | None = None) -> None:
+        """The function inside `node`, or this whole one, stays as it is after all."""
+        self.refused[node] = reason
+
+
+def _refuse(report: Report, reason: str) -> None:
+    if reason:
+        report.fallbacks += [dataclasses.replace(entry, reason=reason) for entry in report.replaced]
+        report.replaced = []
 
 
 def _place(node: Node) -> str:
@@ -149,7 +157,8 @@ def _skipped(node: Node, mode: Mode) -> bool:
 def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> None:
     by_primitive: dict[str, list[Node]] = {}
     for node in reversed(plan.graph.nodes):
-        by_primitive.setdefault(node.primitive, []).append(node)
+        if not (mode.skip_differentiated and compat.is_differentiated(node.eqn)):
+            by_primitive.setdefault(node.primitive, []).append(node)
     covered: set[Node] = set()
     refused: dict[str, set[Node]] = {}
     near: list[tuple[Node, Entry]] = []
@@ -158,10 +167,10 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
             continue
         candidates = [node for primitive in pattern.roots for node in by_primitive.get(primitive, ())]
         for node in sorted(candidates, key=lambda node: -node.position):
-            if node in covered or node in refused.get(pattern.kernel, ()) or _skipped(node, mode):
+            if node in covered or node in refused.get(pattern.kernel, ()):
                 continue
             match = _try(pattern, node, plan, near)
-            if match is None or match.kernel in settings.exclude or match.kernel in _without(node):
+            if match is None or match.kernel in settings.exclude or _left_out(match.kernel, node):
                 continue
             covers = _covered(match)
             if match.refusal is not None:
@@ -171,7 +180,7 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
             covered |= covers
             plan.replacements.append(Replacement(match, covers))
     for node, entry in near:
-        if node not in covered and node not in refused.get(entry.kernel, ()):
+        if node not in covered and node not in refused.get(entry.kernel, ()) and not _left_out(entry.kernel, node):
             plan.report.missed.append(entry)
 
 
@@ -196,9 +205,13 @@ def _check_reachable(match: Match) -> None:
             raise NoMatch("an input exists only inside a function with a custom derivative", near=True)
 
 
-def _without(node: Node) -> frozenset[str]:
-    names = _WITHOUT.findall(compat.name_scopes(node.eqn))
-    return frozenset(name for group in names for name in group.strip(".").split("."))
+def _left_out(kernel: str, node: Node) -> bool:
+    """True inside `disabled`, or inside a function that excludes the kernel."""
+    scopes = compat.name_scopes(node.eqn)
+    if "jaxext." not in scopes:
+        return False
+    without = {name for group in _WITHOUT.findall(scopes) for name in group.strip(".").split(".")}
+    return SCOPE_OFF in scopes or kernel in without
 
 
 def _entry(kernel: str, node: Node, match: Match | None, reason: str = "") -> Entry:

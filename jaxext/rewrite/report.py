@@ -54,6 +54,9 @@ class Report:
         self.fallbacks: list[Entry] = []
         self.notes: list[str] = []
 
+    def __bool__(self) -> bool:
+        return bool(self.replaced or self.missed or self.fallbacks)
+
     def kernels(self) -> set[str]:
         """Names of the kernels that were used."""
         return {entry.kernel for entry in self.replaced}
@@ -131,6 +134,11 @@ _everywhere: list[Report] = []
 def collect_everywhere(report: Report) -> None:
     """What is rewritten by any thread from now on is recorded in `report` too."""
     _everywhere.append(report)
+
+
+def is_collecting() -> bool:
+    """True where somebody in this thread wants to know."""
+    return bool(_collectors.reports)
 
 
 def record(report: Report, strict: bool) -> None:

@@ -27,15 +27,20 @@ def retrace(plan: Plan) -> Any:
     """The planned function as a closed jaxpr of the same type as the original.
 
     Raises:
-      NotExchangeable: it could not keep the type, or it would need constants that the original does not have.
+      NotExchangeable: it could not keep the type.
     """
     if not plan.changes():
         return plan.jaxpr
+
+    def run(*arguments: Any) -> list[Any]:
+        return replay(plan, arguments)
+
     original, consts = compat.open_jaxpr(plan.jaxpr)
-    closed = compat.trace(lambda *arguments: replay(plan, arguments), compat.in_types(plan.jaxpr), like=plan.jaxpr)
-    new, new_consts = compat.open_jaxpr(closed)
-    if len(new_consts) > len(consts):
-        raise NotExchangeable("the kernel brings constants along, which cannot be passed into this function")
+    closed = compat.trace(run, compat.in_types(plan.jaxpr), like=plan.jaxpr)
+    if len(compat.open_jaxpr(closed)[1]) > len(consts):
+        # Arrays that calls inside the function had brought along: a call may have constants where a loop may not.
+        closed = compat.trace(jax.jit(run), compat.in_types(plan.jaxpr), like=plan.jaxpr)
+    new, _ = compat.open_jaxpr(closed)
     for old, now in zip(compat.out_types(plan.jaxpr), compat.out_types(closed), strict=True):
         if not compat.same_type(old, now):
             raise NotExchangeable(f"its result would become {compat.short_type(now)} from {compat.short_type(old)}")
@@ -128,7 +133,7 @@ def _run_higher_order(plan: Plan, node: Node, inputs: list[Any]) -> Sequence[Any
     try:
         params = _exchanged(node, inner)
     except NotExchangeable as error:
-        plan.refused[node] = str(error)
+        plan.refuse(str(error), node)
         params = node.params
     return compat.bind(node.eqn, inputs, params)
 
