@@ -105,20 +105,24 @@ JAXEXT_INLINE void multiply_steps(vf (&acc)[kHeight][kVectors], Left a, Right b,
   } while (--steps);
 }
 
-// out[kHeight][kVectors * kLanes] (+)= a b. Out of line, so that nothing of the caller's competes for registers.
+// out[kHeight][kVectors * kLanes] (+)= a b, the product summed by itself first: long sums in blocks round less. Out of
+// line, so that nothing of the caller's competes for registers.
 template <class Mode, int kHeight, int kVectors, bool kAccumulate>
 JAXEXT_NOINLINE void multiply_tile(float* out, int64_t out_row, Left a, Right b, int64_t steps) {
   vf acc[kHeight][kVectors];
   JAXEXT_UNROLL
   for (int r = 0; r < kHeight; r++) {
     JAXEXT_UNROLL
-    for (int v = 0; v < kVectors; v++) acc[r][v] = kAccumulate ? load(out + r * out_row + v * kLanes) : vf{};
+    for (int v = 0; v < kVectors; v++) acc[r][v] = vf{};
   }
   multiply_steps<Mode, kHeight, kVectors>(acc, a, b, steps);
   JAXEXT_UNROLL
   for (int r = 0; r < kHeight; r++) {
     JAXEXT_UNROLL
-    for (int v = 0; v < kVectors; v++) store(out + r * out_row + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; v++) {
+      float* p = out + r * out_row + v * kLanes;
+      store(p, kAccumulate ? load(p) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 
