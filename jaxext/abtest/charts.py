@@ -162,7 +162,8 @@ def _leaves(parity: Parity) -> Panel:
         fractions = sorted((min(max(leaf.fraction, 1e-6), 1e3) for leaf in parity.leaves), reverse=True)
         places = range(1, len(fractions) + 1)
         colours = [ALARM if value > 1 else CANDIDATE for value in fractions]
-        axes.vlines(places, 1e-6, fractions, color=colours, linewidth=max(0.8, min(5.0, 240 / len(fractions))))
+        # Many bars side by side would shimmer; without gaps they read as one area.
+        axes.bar(places, fractions, bottom=0, color=colours, width=0.7 if len(fractions) <= 40 else 1.0, linewidth=0)
         axes.axhline(1.0, color=ALARM, linewidth=1.2)
         axes.text(len(fractions) + 0.5, 1.3, "bound", color=ALARM, ha="right", va="bottom", fontsize=8.5)
         axes.set_yscale("log")

@@ -25,7 +25,7 @@ def measure(experiment: Experiment, kernel: str, inner: int, until: float) -> Ro
     setting = dataclasses.replace(options.candidate, exclude=(*options.candidate.exclude, kernel))
     experiment.open_side("without", setting)
     try:
-        experiment.step("without")
+        experiment.warm("without")
         seconds = timing.measure_rounds(
             ["without", "candidate"],
             lambda side: experiment.step(side, inner),

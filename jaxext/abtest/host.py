@@ -45,6 +45,7 @@ class Compilation:
 class _Side:
     function: Any
     setting: Setting
+    start: tuple[Any, ...]
     args: tuple[Any, ...]
     compilation: Compilation
     outputs: Any = None
@@ -103,7 +104,7 @@ class LocalHost:
         with self._reporting(setting):
             function = self._under(setting)
             compilation = self._compile(function, setting, args)
-        self._sides[name] = _Side(function, setting, args, compilation)
+        self._sides[name] = _Side(function, setting, self._start, args, compilation)
         if len(self._sides) == 1:
             self._rule = parity.tolerance_for(compilation.dtypes)
         return compilation
@@ -179,7 +180,8 @@ class LocalHost:
             for index, argument in zip(stateful, changed, strict=True):
                 start[index] = argument
             self._probe_start = tuple(start)
-        self._sides[name] = _Side(side.function, side.setting, state.copy_args(self._probe_start), side.compilation)
+        start = self._probe_start
+        self._sides[name] = _Side(side.function, side.setting, start, state.copy_args(start), side.compilation)
 
     def close(self, name: str) -> None:
         """Forget a side's state."""
@@ -193,6 +195,11 @@ class LocalHost:
         if self._wiring is None:
             raise RuntimeError("no side has made a step yet")
         return self._wiring
+
+    def warm_steps(self) -> int:
+        """Steps until a side is compiled for good: a Python number in the state comes back as an array."""
+        numbers = (leaf for index in self.wiring.state for leaf in jax.tree.leaves(self._start[index]))
+        return 2 if any(isinstance(leaf, int | float) for leaf in numbers) else 1
 
     def describe_wiring(self) -> str:
         return self.wiring.describe()
@@ -230,7 +237,7 @@ class LocalHost:
         args = list(state.next_args(self.wiring, side.args, side.outputs))
         for index, argument in enumerate(args):
             if index not in self.wiring.state and state.is_deleted(argument):
-                args[index] = state.copy_args((self._start[index],))[0]
+                args[index] = state.copy_args((side.start[index],))[0]
         return tuple(args)
 
     # Comparing

@@ -104,6 +104,9 @@ class RemoteHost:
     def rule(self) -> parity.Tolerance:
         return parity.Tolerance(**self._call("rule"))
 
+    def warm_steps(self) -> int:
+        return self._call("warm_steps")
+
     def describe_wiring(self) -> str:
         return self._call("describe_wiring")
 

@@ -96,6 +96,8 @@ def _is_scalar_float(leaf: Any) -> bool:
 def _describe(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
         return (leaf.shape, leaf.dtype)
+    if isinstance(leaf, bool | int | float | complex):
+        return ((), jnp.result_type(leaf))  # A step counter starts as a Python number and comes back as an array.
     return (type(leaf),)
 
 

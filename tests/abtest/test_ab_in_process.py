@@ -11,8 +11,9 @@ from flax import nnx
 from tiny_step import OPTIMIZER, loss_fn, make_args, train_step
 
 import jaxext
-from jaxext.abtest.host import StepError
-from jaxext.abtest.protocol import TargetError
+from jaxext.abtest.host import LocalHost, StepError
+from jaxext.abtest.protocol import TargetError, Workload
+from jaxext.abtest.settings import Setting
 
 DONATING = jax.jit(train_step, donate_argnums=(0, 1))
 QUICK = {"steps": 4, "repeats": 3, "budget": 30.0}
@@ -91,6 +92,24 @@ def test_modules_step_in_place_on_equal_copies(stand_in):
     losses = result.parity.candidate_losses
     assert losses[1] < losses[0]
     np.testing.assert_array_equal(kernel, model.kernel[...])
+
+
+def test_donated_arguments_that_are_not_fed_back_are_renewed(stand_in):
+    stand_in()
+    params, _, x, y = make_args()
+    gradients = jax.jit(jax.value_and_grad(loss_fn), donate_argnums=0)
+    host = LocalHost(Workload(gradients, (params, x, y)), seed=0, cold_traces=False)
+    for side, kernels in (("reference", False), ("candidate", True)):
+        host.open(side, Setting(kernels=kernels))
+    bounds = []
+    for _ in range(3):
+        losses = [host.run(side)[1] for side in ("reference", "candidate")]
+        assert losses[0] == losses[1]
+        if not bounds:
+            host.open_probe("probe", of="reference")
+        host.run("probe")
+        bounds.append([leaf.bound for leaf in host.compare("reference", "candidate", "probe")])
+    assert bounds[0] == bounds[1] == bounds[2], "the probe starts from its own disturbed state every time"
 
 
 def test_advance_makes_the_next_arguments(stand_in):

@@ -54,6 +54,15 @@ def test_a_learning_rate_is_not_taken_for_the_loss():
     assert wiring.loss == "output[1]"
 
 
+def test_a_train_state_whose_counter_is_a_python_number_is_fed_back():
+    def step(state, x):
+        return {"count": state["count"] + 1, "w": state["w"] * 0.9}, jnp.sum(x * state["w"])
+
+    wiring = wire(jax.jit(step), ({"count": 0, "w": jnp.ones(3)}, jnp.ones(3)))
+    assert wiring.feeds == ((0, 0),)
+    assert wiring.loss == "output[1]"
+
+
 def test_copies_share_no_buffer_and_keep_other_values():
     args = ({"a": jnp.arange(3.0), "b": np.ones(2)}, 7, "static", jax.random.key(0))
     copied = state.copy_args(args)
