@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 
+from . import _jax_compat as compat
 from . import _memory, _settings
+from ._check import copied, has_nnx
 from .rewrite import hooks
 from .rewrite.report import Report, collecting
 
@@ -61,19 +63,19 @@ class _Token:
 def _trace(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> None:
     if isinstance(fn, jax.stages.Wrapped):
         # flax.nnx traces on a copy of its objects only here.
-        trace = fn.eval_shape if _has_nnx((args, kwargs)) and hasattr(fn, "eval_shape") else fn.trace
+        trace = getattr(fn, "eval_shape", fn.trace) if has_nnx((args, kwargs)) else fn.trace
         trace(*args, **kwargs)
         return
     try:
         _trace_plain(fn, args, kwargs)
     except hooks.CONCRETE:
         report.notes.append("its Python looks at array values, so it was run once, on copies of the arguments")
-        copied_args, copied_kwargs = _copied((args, kwargs))
+        copied_args, copied_kwargs = copied((args, kwargs))
         fn(*copied_args, **copied_kwargs)
 
 
 def _trace_plain(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not _has_nnx((args, kwargs)):
+    if not has_nnx((args, kwargs)):
         leaves, tree = jax.tree.flatten((args, kwargs))
         arrays = [number for number, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
@@ -103,23 +105,8 @@ def _trace_plain(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 
 def _only_arrays(result: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, (jax.Array, jax.core.Tracer))]
+    return [leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, (jax.Array, compat.Tracer))]
 
 
 def _is_traceable(arg: Any) -> bool:
-    return _has_nnx(arg) or all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in jax.tree.leaves(arg))
-
-
-def _has_nnx(arguments: Any) -> bool:
-    """True where an argument is or holds a flax.nnx object, whose state a trace must not touch."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return False
-    found = jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, nnx.Pytree))
-    return any(isinstance(leaf, nnx.Pytree) for leaf in found)
-
-
-def _copied(arguments: Any) -> Any:
-    if _has_nnx(arguments):
-        return sys.modules["flax.nnx"].clone(arguments)
-    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, arguments)
+    return has_nnx(arg) or all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in jax.tree.leaves(arg))

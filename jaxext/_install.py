@@ -13,6 +13,7 @@ from . import _jax_compat as compat
 from . import _memory, _settings
 from .rewrite import hooks
 
+
 class _Installed:
     """Stands for the process-wide switch among those who rely on the hooks."""
 

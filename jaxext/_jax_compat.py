@@ -28,7 +28,7 @@ try:
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
-    from jax._src.sharding_impls import UnspecifiedValue
+    from jax._src.named_sharding import UnspecifiedValue
     from jax._src.state.types import AbstractRef
 except ImportError as error:
     raise ImportError(
@@ -37,6 +37,7 @@ except ImportError as error:
     ) from error
 
 Literal = jex_core.Literal
+Tracer = core.Tracer
 OLDEST_JAX = (0, 10, 2)
 
 # ---------------------------------------------------------------- jaxprs
@@ -82,6 +83,25 @@ def is_plain_call(eqn: Any) -> bool:
 def called_jaxpr(eqn: Any) -> Any:
     """The function that a call equation calls."""
     return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
+def operands(eqn: Any, parameter: str) -> list[int | None]:
+    """For each argument of a function inside `eqn`: the operand that it always is, None where it varies by iteration."""
+    params, count = eqn.params, len(eqn.invars)
+    match eqn.primitive.name:
+        case "scan":
+            # JAX 0.11 replaced the counts by a tree of (constants, carry, slices).
+            constants = params["num_consts"] if "num_consts" in params else len(params["ft_in"].unpack()[0])
+            return [*range(constants), *[None] * (count - constants)]
+        case "while":
+            conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
+            start, length = (0, conditions) if parameter == "cond_jaxpr" else (conditions, bodies)
+            return [*range(start, start + length), *[None] * (count - conditions - bodies)]
+        case "cond":
+            return [*range(1, count)]
+        case "shard_map":
+            return [None] * count
+    return [*range(count)]
 
 
 def is_ref(x: Any) -> bool:

@@ -1,9 +1,9 @@
 """Where rewriting takes hold of a program: at differentiation, and where the outermost jitted function is traced.
 
 A pattern has to be replaced before it is differentiated (afterwards forward and backward are entangled), so the
-function that `jax.vjp` is given is traced once, matched, and replayed under the differentiation. What no differentiation
-reaches (forward-only programs) is matched in the outermost jitted function, whose trace is replayed only if something
-was found.
+function that `jax.vjp` is given is traced once, matched, and replayed under the differentiation. What no
+differentiation reaches (forward-only programs) is matched in the outermost jitted function, whose trace is replayed
+only if something was found.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
     @functools.wraps(fun)
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        traced = [number for number, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, jax.core.Tracer))]
+        traced = [number for number, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, compat.Tracer))]
         output = _Output()
 
         def flat(*arrays: Any) -> list[Any]:
@@ -79,8 +79,8 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
             # Python that looks at values works outside jit only; there the function is called once more.
             if not any(map(compat.is_concrete, arrays)):
                 raise
-            entry = Entry("", location=compat.user_name(fun), reason=f"Python control flow on array values ({_first_line(error)})")
-            record(_fallback(entry), settings.strict)
+            reason = f"Python control flow on array values ({_first_line(error)})"
+            record(_fallback(Entry("", location=compat.user_name(fun), reason=reason)), settings.strict)
             return fun(*args, **kwargs)
         results = _apply(closed, arrays, settings, compat.user_name(fun), whole_step)
         return output.join(results)
@@ -107,8 +107,8 @@ class _Output:
 
     def split(self, result: Any) -> list[Any]:
         leaves, self._tree = jax.tree.flatten(result)
-        self._leaves = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in leaves]
-        return [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+        self._leaves = [None if isinstance(leaf, compat.Tracer) else (leaf,) for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, compat.Tracer)]
 
     def join(self, arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)

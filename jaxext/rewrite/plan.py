@@ -41,8 +41,8 @@ _WITHOUT = re.compile(r"jaxext\.without((?:\.\w+)+)")
 class Mode:
     """How a function is planned.
 
-    `whole_step`: the function will not be differentiated any more, so a match pays off only where it makes all it covers
-    dead. `skip_differentiated`: what JAX has differentiated was rewritten before that, and is left alone.
+    `whole_step`: the function will not be differentiated any more, so a match pays off only where it makes all it
+    covers dead. `skip_differentiated`: what JAX has differentiated was rewritten before that, and is left alone.
     """
 
     whole_step: bool
@@ -117,26 +117,44 @@ def _place(node: Node) -> str:
 
 def make(closed_jaxpr: Any, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> Plan:
     """Plan a traced function and all functions inside it."""
-    return _make(closed_jaxpr, settings, patterns, mode, {})
+    return _Planner(settings, patterns, mode).plan(closed_jaxpr, ())
 
 
-def _make(jaxpr: Any, settings: Settings, patterns: Sequence[Pattern], mode: Mode, memo: dict[int, Plan]) -> Plan:
-    if id(jaxpr) in memo:
-        return memo[id(jaxpr)]
-    graph = trace.build(jaxpr)
-    plan = memo[id(jaxpr)] = Plan(jaxpr, graph, Report())
-    _choose(plan, settings, patterns, mode)
-    live = _drop_what_does_not_pay(plan, mode)
-    needed = {value.node for value in live}
-    for node in graph.nodes:
-        if node.primitive in HIGHER_ORDER and (node in needed or node.eqn.effects) and not _skipped(node, mode):
-            plan.nested[node] = {
-                name: tuple(_make(inner, settings, patterns, mode, memo) for inner in functions_of(node, name))
-                for name in HIGHER_ORDER[node.primitive]
-            }
-    changed = {node for node in plan.nested if plan.changes(node)}
-    plan.steps = schedule.steps(graph, plan.replacements, changed, live)
-    return plan
+class _Planner:
+    def __init__(self, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> None:
+        self._settings = settings
+        self._patterns = patterns
+        self._mode = mode
+        self._known: dict[tuple[Any, ...], Plan] = {}
+
+    def plan(self, jaxpr: Any, origins: tuple[Value | None, ...]) -> Plan:
+        # A function that is called several times alike is planned once.
+        key = (id(jaxpr), origins)
+        if key not in self._known:
+            self._known[key] = self._make(jaxpr, origins)
+        return self._known[key]
+
+    def _make(self, jaxpr: Any, origins: tuple[Value | None, ...]) -> Plan:
+        graph = trace.build(jaxpr, origins)
+        plan = Plan(jaxpr, graph, Report())
+        _choose(plan, self._settings, self._patterns, self._mode)
+        live = _drop_what_does_not_pay(plan, self._mode)
+        needed = {value.node for value in live}
+        for node in graph.nodes:
+            runs = node in needed or node.eqn.effects
+            if runs and node.primitive in HIGHER_ORDER and not _skipped(node, self._mode):
+                plan.nested[node] = self._inside(node)
+        changed = {node for node in plan.nested if plan.changes(node)}
+        plan.steps = schedule.steps(graph, plan.replacements, changed, live)
+        return plan
+
+    def _inside(self, node: Node) -> dict[str, tuple[Plan, ...]]:
+        plans = {}
+        for name in HIGHER_ORDER[node.primitive]:
+            numbers = compat.operands(node.eqn, name)
+            origins = tuple(None if number is None else node.inputs[number] for number in numbers)
+            plans[name] = tuple(self.plan(inner, origins) for inner in functions_of(node, name))
+        return plans
 
 
 def functions_of(node: Node, name: str) -> tuple[Any, ...]:

@@ -99,7 +99,7 @@ def _section(title: str, entries: list[Entry], empty: str = "") -> Iterator[str]
     for entry in entries:
         counts[entry] = counts.get(entry, 0) + 1
     for entry, count in counts.items():
-        yield f"  {entry}" if count == 1 else f"  {count} × {entry}"
+        yield f"  {entry}" if count == 1 else f"  {count} x {entry}"
 
 
 class FallbackError(RuntimeError):

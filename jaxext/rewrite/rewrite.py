@@ -77,7 +77,7 @@ class _Replay:
         return [self._read(value) for value in self._plan.graph.outputs]
 
     def _read(self, value: Value) -> Any:
-        return self._env[value] if value in self._env else value.const
+        return self._env.get(value, value.const)
 
     def _run(self, step: Node | Call, inputs: list[Any]) -> Sequence[Any]:
         if isinstance(step, Node) and step in self._plan.nested and self._plan.changes(step):

@@ -30,9 +30,7 @@ def steps(graph: Graph, replacements: Sequence[Replacement], changed: set[Node],
 
 
 class _Builder:
-    def __init__(
-        self, graph: Graph, replacements: Sequence[Replacement], changed: set[Node], live: set[Value]
-    ) -> None:
+    def __init__(self, graph: Graph, replacements: Sequence[Replacement], changed: set[Node], live: set[Value]) -> None:
         self.steps: list[Step] = []
         self._graph = graph
         self._live = live
@@ -68,12 +66,14 @@ class _Builder:
     def _add_nodes(self, start: int, stop: int) -> None:
         for node in self._graph.nodes[start:stop]:
             replacement = self._replaced.get(node)
-            if replacement is not None and replacement not in self._emitted:
-                if not self._live.isdisjoint(replacement.match.roots):
-                    self._emitted.add(replacement)
-                    self.steps.append(replacement)
+            if replacement is not None and replacement not in self._emitted and self._is_live(replacement):
+                self._emitted.add(replacement)
+                self.steps.append(replacement)
             if node in self._needed and not (replacement and self._live_only_as_root(node, replacement)):
                 self.steps.append(node)
+
+    def _is_live(self, replacement: Replacement) -> bool:
+        return not self._live.isdisjoint(replacement.match.roots)
 
     def _live_only_as_root(self, node: Node, replacement: Replacement) -> bool:
         return not node.eqn.effects and not any(

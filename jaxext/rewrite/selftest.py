@@ -34,9 +34,7 @@ def _function(x: jax.Array) -> jax.Array:
     return jax.lax.sin(x) * x
 
 
-def insert_tested(
-    on_differentiate: compat.DifferentiationHook, on_jit: compat.JitHook
-) -> compat.HookStatus:
+def insert_tested(on_differentiate: compat.DifferentiationHook, on_jit: compat.JitHook) -> compat.HookStatus:
     """Insert the hooks, keep those that work, and say why one does not."""
     status = compat.insert_hooks(on_differentiate, on_jit)
     reasons = [status.reason] if status.reason else []
@@ -47,9 +45,7 @@ def insert_tested(
             reasons.append(problem)
     if (works["differentiation"], works["jit"]) != (status.differentiation, status.jit):
         compat.remove_hooks()
-        compat.insert_hooks(
-            on_differentiate if works["differentiation"] else None, on_jit if works["jit"] else None
-        )
+        compat.insert_hooks(on_differentiate if works["differentiation"] else None, on_jit if works["jit"] else None)
     return dataclasses.replace(status, **works, reason="; ".join(reasons))
 
 

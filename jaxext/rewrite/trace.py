@@ -7,6 +7,7 @@ custom derivatives, shardings) stay one node each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,20 +19,21 @@ from .. import _jax_compat as compat
 class Value:
     """One array in a graph.
 
-    ``node`` produced it (None for an input or a constant). ``const`` is the concrete array of a literal or of a constant
-    that the function closed over, else None. ``inner`` is the value inside a custom_jvp body that this value is computed
-    as: matchers may look through it, and what they do not match is emitted as the opaque call it was.
+    ``node`` produced it (None for an input or a constant). ``const`` is the concrete array of a literal or of a
+    constant that the function closed over, else None. ``inner`` is the value inside a custom_jvp body that this value
+    is computed as: matchers may look through it, and what they do not match is emitted as the opaque call it was.
+    ``origin``, of an input of a function inside an operation, is the value of the enclosing graph that it always is
+    (not a loop's carry or slice): it says what the input is, and cannot be computed with.
     """
 
-    __slots__ = ("aval", "node", "const", "inner")
+    __slots__ = ("aval", "const", "inner", "node", "origin")
 
-    def __init__(
-        self, aval: Any, node: Node | None = None, const: Any = None, inner: Value | None = None
-    ) -> None:
+    def __init__(self, aval: Any, node: Node | None = None, const: Any = None, inner: Value | None = None) -> None:
         self.aval = aval
         self.node = node
         self.const = const
         self.inner = inner
+        self.origin: Value | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,11 +51,11 @@ class Value:
 class Node:
     """One operation: ``outputs = primitive(*inputs, **params)``; ``eqn`` is the JAX equation that it came from.
 
-    ``position`` numbers a graph's nodes in program order, -1 for the nodes inside a custom_jvp body: those can be looked
-    at, not emitted.
+    ``position`` numbers a graph's nodes in program order, -1 for the nodes inside a custom_jvp body: those can be
+    looked at, not emitted.
     """
 
-    __slots__ = ("primitive", "params", "inputs", "outputs", "eqn", "position")
+    __slots__ = ("eqn", "inputs", "outputs", "params", "position", "primitive")
 
     def __init__(self, eqn: Any, inputs: list[Value], position: int) -> None:
         self.primitive: str = eqn.primitive.name
@@ -74,7 +76,7 @@ class Call:
     Kept so that a call without a replacement in it is emitted as the call it was.
     """
 
-    __slots__ = ("eqn", "inputs", "outputs", "start", "stop", "calls")
+    __slots__ = ("calls", "eqn", "inputs", "outputs", "start", "stop")
 
     def __init__(self, eqn: Any, inputs: list[Value], start: int) -> None:
         self.eqn = eqn
@@ -118,18 +120,20 @@ class Graph:
         return value in self._returned
 
 
-def build(closed_jaxpr: Any) -> Graph:
-    """The graph of a traced function (a ClosedJaxpr, as `jax.make_jaxpr` gives it)."""
+def build(closed_jaxpr: Any, origins: Sequence[Value | None] = ()) -> Graph:
+    """The graph of a traced function (a ClosedJaxpr, as `jax.make_jaxpr` gives it); `origins`: those of its inputs."""
     graph = Graph()
     jaxpr, consts = compat.open_jaxpr(closed_jaxpr)
     graph.inputs = [Value(var.aval) for var in jaxpr.invars]
+    for value, origin in zip(graph.inputs, origins):
+        value.origin = origin
     captured = [_capture(graph, const) for const in consts]
     graph.outputs = _flatten(graph, jaxpr, captured, graph.inputs, graph.calls, hidden=False)
     return graph
 
 
 def _capture(graph: Graph, const: Any) -> Value:
-    concrete = not isinstance(const, jax.core.Tracer) and not compat.is_ref(const)
+    concrete = not isinstance(const, compat.Tracer) and not compat.is_ref(const)
     value = Value(jax.typeof(const), const=const if concrete else None)
     graph.captures[value] = const
     return value

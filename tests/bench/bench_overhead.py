@@ -2,11 +2,12 @@
 
     python tests/bench/bench_overhead.py
 
-Prints medians of interleaved repeats, and their ratio; the targets are 1.3× for tracing and +1 µs for a call.
+Prints medians of interleaved repeats, and their ratio; the targets are 1.3 times for tracing and +1 µs for a call.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -126,19 +127,25 @@ def fresh(run: Callable[[], object], settings: _settings.Settings | None) -> Cal
     return timed
 
 
+def trace(step, arguments):
+    return step.trace(*arguments)
+
+
+def lower(step, arguments):
+    return step.trace(*arguments).lower()
+
+
 def measure_tracing(repeats: int = 7) -> None:
     hooks.activate(relying=hooks.activate)
     cases = {"linen, 12 layers": linen_step(False), "linen, scan": linen_step(True), "nnx, 12 layers": nnx_step()}
     for name, (step, arguments) in cases.items():
-        for stage, run in {
-            "trace": lambda: step.trace(*arguments),
-            "trace + lower": lambda: step.trace(*arguments).lower(),
-        }.items():
-            sides = {"stock": fresh(run, None), "jaxext": fresh(run, _settings.Settings())}
+        for stage, run in (("trace", trace), ("trace + lower", lower)):
+            timed = functools.partial(run, step, arguments)
+            sides = {"stock": fresh(timed, None), "jaxext": fresh(timed, _settings.Settings())}
             interleaved(sides, 1)
             seconds = interleaved(sides, repeats)
             ratio = seconds["jaxext"] / seconds["stock"]
-            print(f"{name:18s} {stage:14s} stock {seconds['stock'] * 1e3:6.0f} ms, jaxext {ratio:.2f}×")
+            print(f"{name:18s} {stage:14s} stock {seconds['stock'] * 1e3:6.0f} ms, jaxext {ratio:.2f} times")
 
 
 def measure_dispatch(calls: int = 20000, repeats: int = 9) -> None:

@@ -22,7 +22,8 @@ from toy_attention import attend
 
 import jaxext
 from jaxext import _settings
-
+from jaxext._jax_compat import user_line
+from jaxext.rewrite.report import FallbackError, collecting
 
 B, T, D = 2, 5, 4
 KEY = jax.random.key(0)
@@ -243,9 +244,7 @@ def test_custom_jvp_around_the_pattern_keeps_the_users_rule():
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_grad_of_shard_map(check_vma):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("a",))
-    mapped = jax.shard_map(
-        attend, mesh=mesh, in_specs=(P("a"), P("a"), P("a")), out_specs=P("a"), check_vma=check_vma
-    )
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(P("a"), P("a"), P("a")), out_specs=P("a"), check_vma=check_vma)
 
     def run():
         return jax.jit(jax.grad(lambda q, k, v: jnp.sin(mapped(q, k, v)).sum(), (0, 1, 2)))(Q, K, V)
@@ -302,24 +301,19 @@ def test_python_that_looks_at_values_falls_back_and_says_so():
     plain, rewritten, calls = both(lambda: jax.grad(objective)(Q))
     assert_same(plain, rewritten)
     assert calls == 0
-    report = jaxext.Report()
-    from jaxext.rewrite.report import collecting
-
-    with collecting(report), _settings.use(_settings.Settings()):
+    with collecting(jaxext.Report()) as report, _settings.use(_settings.Settings()):
         jax.grad(objective)(Q)
     assert "Python control flow on array values" in report.fallbacks[0].reason
     assert report.fallbacks[0].location == "objective"
 
 
 def test_strict_makes_the_fall_back_an_error():
-    from jaxext.rewrite.report import FallbackError
-
     def objective(q):
         return loss(q) if q.max() > -1e9 else 0.0
 
-    with _settings.use(_settings.Settings(strict=True)):
-        with pytest.raises(FallbackError, match="JAXEXT_STRICT: .*objective.*Python control flow on array values"):
-            jax.grad(objective)(Q)
+    expected = r"JAXEXT_STRICT: .*objective.*Python control flow on array values"
+    with _settings.use(_settings.Settings(strict=True)), pytest.raises(FallbackError, match=expected):
+        jax.grad(objective)(Q)
 
 
 def test_users_error_surfaces_unchanged_with_the_users_frames():
@@ -379,8 +373,6 @@ def test_source_lines_and_name_scopes_survive_the_replay():
     with _settings.use(_settings.Settings()):
         jaxpr = jax.jit(jax.grad(objective)).trace(Q).jaxpr
     tanh = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "tanh")
-    from jaxext._jax_compat import user_line
-
     assert "test_edge_cases.py" in user_line(tanh) and "(objective)" in user_line(tanh)
     scopes = {str(eqn.source_info.name_stack) for eqn in jaxpr.eqns}
     assert any("encoder" in scope and "jaxext.attention" in scope for scope in scopes)
