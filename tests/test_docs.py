@@ -48,7 +48,7 @@ def test_python_blocks_run(guide, tmp_path):
     source = json.dumps(write_files(guide, tmp_path))
     command = [sys.executable, "-c", RUN_BLOCKS, str(guide)]
     done = subprocess.run(
-        command, input=source, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        command, input=source, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
 
@@ -78,7 +78,7 @@ def test_console_blocks_print_what_they_show(guide, command, expected, tmp_path)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout
     assert shows(expected, done.stdout), done.stdout
@@ -89,7 +89,9 @@ def test_every_environment_variable_is_in_the_guide():
     root = Path(__file__).parents[1]
     sources = [*(root / "jaxext").rglob("*.py"), *(root / "native").rglob("*.cc")]
     read = {name for path in sources for name in re.findall(r"[\"'](JAXEXT_[A-Z]+)[\"']", path.read_text())}
-    listed = set(re.findall(r"^\| `(JAXEXT_[A-Z]+)=", (root / "docs/guide_install_and_run.md").read_text(), re.MULTILINE))
+    listed = set(
+        re.findall(r"^\| `(JAXEXT_[A-Z]+)=", (root / "docs/guide_install_and_run.md").read_text(), re.MULTILINE)
+    )
     assert listed == read
 
 

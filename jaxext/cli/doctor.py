@@ -232,6 +232,7 @@ def _hooks() -> Iterator[Finding]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # says what is found below
         status = hooks.activate()
+    hooks.deactivate_unless_used()
     working = {"gradients": status.differentiation, "functions under jit": status.jit}
     for name, works in working.items():
         advice = "" if works else f"{status.reason}; upgrade jaxext, or install a JAX that it supports."
