@@ -49,7 +49,10 @@ _accelerated: weakref.WeakKeyDictionary[Any, Settings] = weakref.WeakKeyDictiona
 def on_differentiate(fun: Callable[..., Any]) -> Callable[..., Any]:
     """What `jax.vjp` differentiates in place of `fun`."""
     settings = _settings.current()
-    return fun if settings is None else rewritten(fun, settings, whole_step=False)
+    if settings is None or (getattr(fun, "__module__", None) or "").startswith("jaxext.kernels"):
+        # A kernel's own reference says what the kernel computes: replaced by the kernel, it would say nothing.
+        return fun
+    return rewritten(fun, settings, whole_step=False)
 
 
 def _patterns() -> tuple[Pattern, ...]:
