@@ -86,6 +86,25 @@ def casts_floats(node: Node) -> bool:
     return is_float(node.inputs[0]) and is_float(node.outputs[0])
 
 
+def users(graph: Graph, value: Value) -> list[Node]:
+    """The nodes that take `value` as an input and that an output or an effect of the function needs."""
+    live = graph.memo.get("live")
+    if live is None:
+        live = graph.memo["live"] = _live(graph)
+    return [node for node in graph.users(value) if node in live]
+
+
+def _live(graph: Graph) -> set[Node]:
+    live = {node for node in graph.nodes if node.eqn.effects}
+    stack = [value.node for value in graph.outputs] + [value.node for node in live for value in node.inputs]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in live:
+            live.add(node)
+            stack += [value.node for value in node.inputs]
+    return live
+
+
 class Facts:
     """Facts about one graph, each found out once."""
 

@@ -16,7 +16,7 @@ from ..axes import Axis, Splits, View, climb, contract, label, never, operand, o
 from ..facts import Facts, source, widens
 from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Node, Value
-from .attention_call import Plan, arranged_avals, plan
+from .attention_call import Plan, operand_types, plan
 from .attention_scores import scores
 from .softmax import Softmax, _quotients, exponential, normalised, predicate, softmax
 
@@ -61,7 +61,7 @@ def match(root: Value, graph: Graph) -> Match:
 
 
 def _refusal(call: Plan) -> str | None:
-    query, key, value, options = arranged_avals(call)
+    query, key, value, options = operand_types(call)
     return attention_refusal(query, key, value, **options)
 
 

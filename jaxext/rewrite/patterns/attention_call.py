@@ -97,11 +97,40 @@ def _size(axes: Sequence[Axis]) -> int:
     return math.prod(axis.size for axis in axes)
 
 
-def arranged_avals(call: Plan) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """The types of the kernel's operands."""
-    avals = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in call.inputs]
-    query, key, value, options = jax.eval_shape(lambda *arrays: _arranged(call, arrays), *avals)
-    return query, key, value, {**options, **call.options}
+def operand_types(call: Plan) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The types of the kernel's operands, without tracing anything."""
+    roles, inputs = call.roles, call.inputs
+    assert call.query is not None and call.key is not None and call.value is not None
+    leading = [axis.size for axis in roles.leading]
+    dtype = jnp.result_type(*(inputs[operand.index].dtype for operand in (call.query, call.key, call.value)))
+
+    def matrix(operands: Sequence[Operand], dtype: Any) -> Any:
+        present = {axis for operand in operands for dim in operand.dims for axis in dim}
+        groups = (*((axis,) for axis in roles.leading), roles.heads, roles.rows, roles.keys)
+        shape = [_size(group) if present & set(group) else 1 for group in groups]
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+    def sequence(axes: Sequence[Axis], heads: Sequence[Axis], features: Sequence[Axis], layout: str) -> Any:
+        inner = [_size(axes), _size(heads)] if layout == "btnh" else [_size(heads), _size(axes)]
+        return jax.ShapeDtypeStruct((*leading, *inner, _size(features)), dtype)
+
+    extras: dict[str, Any] = dict(call.options)
+    if call.biases:
+        extras["bias"] = matrix(call.biases, jnp.result_type(*(inputs[bias.index].dtype for bias in call.biases)))
+    if call.masks or call.equal:
+        extras["mask"] = matrix((*call.masks, *(side for pair in call.equal for side in pair)), jnp.bool_)
+    if call.keeps:
+        extras["keep"] = matrix(call.keeps, jnp.bool_)
+    if call.segments is not None:
+        extras["query_segment_ids"] = jax.ShapeDtypeStruct((*leading, _size(roles.rows)), jnp.int32)
+        extras["key_value_segment_ids"] = jax.ShapeDtypeStruct((*leading, _size(roles.keys)), jnp.int32)
+    layouts = call.options["layout"]
+    return (
+        sequence(roles.rows, roles.heads, roles.features, layouts[0]),
+        sequence(roles.keys, roles.groups, roles.features, layouts[1]),
+        sequence(roles.keys, roles.groups, roles.value_features, layouts[2]),
+        extras,
+    )
 
 
 def _arranged(call: Plan, arrays: Sequence[Any]) -> tuple[Any, Any, Any, dict[str, Any]]:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
-from ..axes import Axis, View, arrange, climb, label, operands, same_view, shrink
+from ..axes import Axis, View, arrange, climb, contract, label, operands, same_view, shrink
 from ..facts import Facts, is_float, source
 from ..match import Match, NoMatch, Pattern
-from ..trace import Graph, Node, Value
-from .labels import Labels, one_hot, picked, summed_over, targets
+from ..trace import Graph, Value
+from .labels import Labels, picked, summed_over, targets
 from .moments import uncast
 from .softmax import log_softmax, logsumexp
 
@@ -58,8 +58,13 @@ def _find(facts: Facts, view: View) -> CrossEntropy:
         found = _of_gather(facts, view)
     elif node.primitive == "sub":
         found = _of_difference(facts, view)
+    elif node.primitive == "reduce_sum":
+        found = _of_products(facts, view, [summed_over(view, node)])
     else:
-        found = _of_sum(facts, view, node)
+        left, right, _ = contract(view, node)
+        if set(left.axes) != set(right.axes):
+            raise NoMatch("not a cross-entropy")
+        found = _of_products(facts, view, [left, right])
     if found.logits.axes[-1] is not found.axis:
         raise NoMatch("the classes are not the last axis of the logits", near=True)
     return found
@@ -76,7 +81,7 @@ def _of_gather(facts: Facts, view: View) -> CrossEntropy:
 
 def _of_difference(facts: Facts, view: View) -> CrossEntropy:
     """logsumexp(logits) - logits[label], or the other way round."""
-    for lse, other, sign in (*((a, b, s) for a, b, s in _ordered(view)),):
+    for lse, other, sign in _ordered(view):
         try:
             logits, axis = logsumexp(facts, lse)
         except NoMatch:
@@ -98,10 +103,10 @@ def _renamed(view: View, old: Axis, new: Axis) -> tuple[tuple[Axis, ...], ...]:
     return tuple(tuple(new if axis is old else axis for axis in dim) for dim in view.dims)
 
 
-def _of_sum(facts: Facts, view: View, node: Node) -> CrossEntropy:
-    """sum(targets * log_softmax(logits)) over the classes, and maybe over rows too."""
+def _of_products(facts: Facts, view: View, summed: list[View]) -> CrossEntropy:
+    """sum(targets * log_softmax(logits)) over the classes, and maybe over rows too; `summed`: factors of the terms."""
     factors: list[View] = []
-    number = _factors(facts, summed_over(view, node), factors, 6)
+    number = math.prod(_factors(facts, part, factors, 6) for part in summed)
     for index, factor in enumerate(factors):
         try:
             logits, axis, _ = log_softmax(facts, factor)
@@ -174,9 +179,14 @@ class Call:
         return (finished(found, loss, arrays[len(arrays) - n_weights :]),)
 
     def refusal(self) -> str | None:
-        avals = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in self.inputs]
-        logits, asked = jax.eval_shape(self.operands, *avals)
-        return softmax_cross_entropy_refusal(logits, asked, out_dtype=self.found.root.value.dtype)
+        found, dtype = self.found, self.found.root.value.dtype
+        rows = tuple(axis.size for axis in found.rows)
+        logits = jax.ShapeDtypeStruct((*rows, found.axis.size), found.logits.value.dtype)
+        if found.labels is not None:
+            asked = jax.ShapeDtypeStruct(rows, found.labels.view.value.dtype)
+        else:
+            asked = jax.ShapeDtypeStruct(logits.shape, jnp.result_type(*(view.value.dtype for view in found.targets)))
+        return softmax_cross_entropy_refusal(logits, asked, out_dtype=dtype)
 
 
 def labels_of(found: CrossEntropy, array: Any) -> Any:
@@ -213,6 +223,5 @@ def match(root: Value, graph: Graph) -> Match:
     return Match("softmax_cross_entropy", (root,), call.inputs, call, detail(found), call.refusal())
 
 
-ROOTS = frozenset(("gather", "sub", "reduce_sum"))
+ROOTS = frozenset(("gather", "sub", "reduce_sum", "dot_general"))
 PATTERN = Pattern("softmax_cross_entropy", ROOTS, match)
-__all__ = ["PATTERN", "ROOTS", "CrossEntropy", "detail", "find", "finished", "labels_of", "one_hot"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from ..axes import Axis, View, climb, operand, operands, reduced
+from ..axes import Axis, View, climb, operand, operands
 from ..facts import Facts, source
 from ..match import NoMatch
 from ..trace import Node, Value
@@ -214,6 +214,3 @@ def summed_over(view: View, node: Node) -> View:
         ((Axis(size),) if size != 1 else ()) if place in gone else next(kept) for place, size in enumerate(value.shape)
     )
     return View(value, dims)
-
-
-__all__ = ["Labels", "Picked", "one_hot", "picked", "reduced", "summed_over", "targets"]

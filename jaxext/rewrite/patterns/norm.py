@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ...kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from ..axes import Axis, View, climb, label, operands, same_view, shrink
-from ..facts import CAST, Facts, casts_floats, is_float, source
+from ..facts import CAST, Facts, casts_floats, is_float, source, users
 from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Node, Value
 from .moments import Moment, centred, moment, statistic, uncast, unshifted
@@ -91,7 +91,7 @@ def _find(root: Value, graph: Graph) -> Norm:
 def _before_cast(graph: Graph, view: View, node: Node) -> View:
     """The norm's result in the wider type it is computed in, where only its rounded form is used."""
     wide = node.inputs[0]
-    if not casts_floats(node) or graph.escapes(wide) or len(graph.users(wide)) > 1 or wide.node is None:
+    if not casts_floats(node) or graph.escapes(wide) or len(users(graph, wide)) > 1 or wide.node is None:
         raise NoMatch("not a norm")
     if jnp.finfo(wide.dtype).bits <= jnp.finfo(view.value.dtype).bits:
         raise NoMatch("not a norm")
@@ -118,7 +118,7 @@ def _bias(facts: Facts, graph: Graph, view: View, feature: Axis) -> tuple[View |
 
 
 def _only_used_by(graph: Graph, value: Value, node: Node) -> bool:
-    return node.position < 0 or (graph.users(value) == [node] and not graph.escapes(value))
+    return node.position < 0 or (users(graph, value) == [node] and not graph.escapes(value))
 
 
 def _through_casts(graph: Graph, view: View) -> View:
@@ -163,7 +163,7 @@ def _may_open(graph: Graph, below: View, view: View, node: Node) -> bool:
     Statistics may be used anywhere: they are small. A whole array that is used elsewhere is left to be a root itself.
     """
     whole = len(view.axes) >= 2 and math.prod(view.value.shape) == math.prod(below.value.shape) > 1
-    return not whole or len(graph.users(view.value)) <= 1 and not graph.escapes(view.value)
+    return not whole or len(users(graph, view.value)) <= 1 and not graph.escapes(view.value)
 
 
 def _read(facts: Facts, view: View, feature: Axis, product: Product, bias: View | None) -> Norm:
@@ -256,14 +256,19 @@ class Call:
         return tuple(result) if self.gives_sum else (result[0],)
 
     def refusal(self, inputs: tuple[Value, ...]) -> str | None:
-        avals = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in inputs]
-        x, given = jax.eval_shape(lambda *arrays: self.operands(arrays), *avals)
+        x, *rest = inputs
+        given: dict[str, Any] = {"residual": rest.pop(0).aval if self.has_residual else None}
+        vectors = [jax.ShapeDtypeStruct(x.shape[-1:], value.dtype) for value in rest]
+        given["scale"] = vectors[0] if self.n_scales else None
+        if self.is_centred:
+            given["bias"] = vectors[-1] if self.has_bias else None
         refusal = layer_norm_refusal if self.is_centred else rms_norm_refusal
-        return refusal(x, **given, out_dtype=self.dtype)
+        return refusal(x.aval, **given, out_dtype=self.dtype)
 
 
 def _as_match(root: Value, graph: Graph, found: Norm) -> Match:
-    residual = _residual(graph, found.x.value)
+    vectors = tuple(view.value for view in (*found.scales, *(() if found.bias is None else (found.bias,))))
+    residual = _residual(graph, root, found.x.value, vectors)
     call = Call(
         found.is_centred,
         found.epsilon,
@@ -275,7 +280,6 @@ def _as_match(root: Value, graph: Graph, found: Norm) -> Match:
         gives_sum=residual is not None and residual[2],
     )
     start = (found.x.value,) if residual is None else residual[:2]
-    vectors = tuple(view.value for view in (*found.scales, *(() if found.bias is None else (found.bias,))))
     inputs = (*start, *vectors)
     parts = [f"epsilon={found.epsilon:g}"]
     named = (("scale", found.scales), ("bias", found.bias), ("residual", residual))
@@ -290,9 +294,31 @@ def _as_match(root: Value, graph: Graph, found: Norm) -> Match:
     )
 
 
-def _residual(graph: Graph, x: Value) -> tuple[Value, Value, bool] | None:
-    """(a, b, whether the sum is used elsewhere) where x is a + b of x's own shape and type."""
-    return None
+def _residual(graph: Graph, root: Value, x: Value, vectors: tuple[Value, ...]) -> tuple[Value, Value, bool] | None:
+    """(a, b, whether the sum is used elsewhere) where x is a + b, both of x's own shape and type."""
+    node = x.node
+    if node is None or node.primitive != "add" or node.position < 0:
+        return None
+    for value in node.inputs:
+        whole = value.shape == x.shape and value.dtype == x.dtype and value.const is None
+        if not whole or math.prod(shrink(label(value)).value.shape) != math.prod(x.shape):
+            return None
+    if any(value.node is not None and value.node.position > node.position for value in vectors):
+        return None
+    inside = _between(root, x)
+    elsewhere = graph.escapes(x) or any(user not in inside for user in users(graph, x))
+    return node.inputs[0], node.inputs[1], elsewhere
+
+
+def _between(root: Value, x: Value) -> set[Node]:
+    found: set[Node] = set()
+    stack = [root.node]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found and node is not x.node:
+            found.add(node)
+            stack += [value.node for value in node.inputs]
+    return found
 
 
 _ROOTS = frozenset(("add", "mul", "div", CAST))
