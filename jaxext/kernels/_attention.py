@@ -95,7 +95,7 @@ def _check(q: Any, k: Any, v: Any, *rest: Any, extras: tuple[str, ...], layout: 
     _check_qkv(q, k, v, layout)
     if fill not in _FILLS:
         raise ValueError(f"attention: argument 'fill' must be one of {_FILLS}, but is {fill!r}; choose one of them")
-    heads, _, queries, keys, _, _ = _sizes(q, k, v, layout)
+    heads, queries, keys = (_sizes(q, k, v, layout)[i] for i in (0, 2, 3))
     for name, x in zip(extras, rest):
         core = {"query_segment_ids": (queries,), "key_value_segment_ids": (keys,)}.get(name, (heads, queries, keys))
         full = (*q.shape[:-3], *core)

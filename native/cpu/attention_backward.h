@@ -67,12 +67,12 @@ struct BackwardLayout {
 template <class Mode>
 void pack_key_block(const BackwardLayout<Mode>& m, int64_t slot, int64_t kv, int64_t key) {
   const AttentionArgs& a = m.args;
-  int64_t valid = least(a.keys - key, Mode::kKeys);
+  int64_t valid = least(a.keys - key, Mode::kKeys), keys = round_up(valid, kColumnStep<Mode>);
   auto k = row_of<Mode>(a.k, kv / a.kv_heads, kv % a.kv_heads, key);
   auto v = row_of<Mode>(a.v, kv / a.kv_heads, kv % a.kv_heads, key);
-  pack_panels<Mode>(k, a.k.row, valid, Mode::kKeys, a.depth, m.key_panels(slot, key));
-  pack_panels<Mode>(v, a.v.row, valid, Mode::kKeys, a.value_depth, m.value_panels(slot, key));
-  pack_right<Mode>(k, a.k.row, valid, Mode::kKeys, a.depth, m.key_right(slot, key), m.key_width);
+  pack_panels<Mode>(k, a.k.row, valid, keys, a.depth, m.key_panels(slot, key));
+  pack_panels<Mode>(v, a.v.row, valid, keys, a.value_depth, m.value_panels(slot, key));
+  pack_right<Mode>(k, a.k.row, valid, keys, a.depth, m.key_right(slot, key), m.key_width);
 }
 
 // log-sum-exp (base 2) and sum(out * dout) of the rows of a query block. Rows that exist nowhere (padding) and rows
@@ -82,8 +82,9 @@ void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, f
   auto out = row_of<Mode>(a.out, b, h, row);
   auto dout = row_of<Mode>(a.dout, b, h, row);
   const float* lse = a.lse + (b * a.heads + h) * a.queries + row;
-  for (int64_t i = 0; i < kQueries; i++) {
-    bool empty = i >= a.queries - row || lse[i] == -kInfinity;
+  int64_t rows = least(a.queries - row, kQueries);
+  for (int64_t i = 0; i < round_up(rows, kRows); i++) {
+    bool empty = i >= rows || lse[i] == -kInfinity;
     vf sum{};
     for (int64_t c = 0; !empty && c < a.value_depth; c += kLanes) {
       int64_t n = a.value_depth - c;
@@ -99,20 +100,21 @@ void pack_query_block(const BackwardLayout<Mode>& m, const Rules& rules, int64_t
                              int64_t member, int64_t row) {
   const AttentionArgs& a = m.args;
   int64_t b = kv / a.kv_heads, h = kv % a.kv_heads * m.share + member, rows = least(a.queries - row, kQueries);
+  int64_t padded = round_up(rows, kRows);
   float* head = m.head(slot, member);
   auto q = row_of<Mode>(a.q, b, h, row);
   auto dout = row_of<Mode>(a.dout, b, h, row);
-  memset(m.query_left(head, row + rows), 0, (kQueries - rows) * m.query_row * sizeof(float));
-  memset(m.dout_left(head, row + rows), 0, (kQueries - rows) * m.dout_row * sizeof(float));
+  memset(m.query_left(head, row + rows), 0, (padded - rows) * m.query_row * sizeof(float));
+  memset(m.dout_left(head, row + rows), 0, (padded - rows) * m.dout_row * sizeof(float));
   pack_rows<Mode>(q, a.q.row, rows, a.depth, rules.query_scale, m.query_left(head, row), m.query_row);
   pack_rows<Mode>(dout, a.dout.row, rows, a.value_depth, 1.f, m.dout_left(head, row), m.dout_row);
   if (Mode::kPaired) {
-    pack_right<Mode>(q, a.q.row, rows, kQueries, a.depth, m.query_right(head, row), m.key_width);
-    pack_right<Mode>(dout, a.dout.row, rows, kQueries, a.value_depth, m.dout_right(head, row), m.out_width);
+    pack_right<Mode>(q, a.q.row, rows, padded, a.depth, m.query_right(head, row), m.key_width);
+    pack_right<Mode>(dout, a.dout.row, rows, padded, a.value_depth, m.dout_right(head, row), m.out_width);
   }
   row_statistics<Mode>(a, b, h, row, m.lse(head, row), m.delta(head, row));
   for (int64_t chunk = 0; chunk < m.chunks; chunk++)
-    memset(m.dq(head, chunk, row), 0, kQueries * m.key_width * sizeof(float));
+    memset(m.dq(head, chunk, row), 0, padded * m.key_width * sizeof(float));
 }
 
 // Probabilities and score gradients of one block of queries against one block of keys, kept for the products that
@@ -367,10 +369,11 @@ void backward_chunk(const Rules& rules, const BackwardLayout<Mode>& m, int64_t s
   auto memory = static_cast<float*>(thread_arena((sums + GradientTile<Mode>::kScratch) * sizeof(float)));
   float factor = Mode::kPaired ? a.scale : kLn2;  // of packed q: its scale is folded in
   for (int64_t key = chunk * Mode::kKeys; key < a.keys; key += m.chunks * Mode::kKeys) {
-    memset(memory, 0, sums * sizeof(float));
+    int64_t keys = least(a.keys - key, Mode::kKeys);
     GradientBlock<Mode> block{rules,  m, slot, kv, chunk, key, GradientTile<Mode>(memory + sums),
                               memory, memory + rows * m.key_width, {}, nullptr};
-    int64_t keys = least(a.keys - key, Mode::kKeys);
+    memset(block.dk, 0, (keys + kRows) * m.key_width * sizeof(float));
+    memset(block.dv, 0, (keys + kRows) * m.out_width * sizeof(float));
     for (int64_t member = 0; member < m.share; member++) {
       block.head = m.head(slot, member);
       block.arrays = head_arrays(a, b, g * m.share + member);

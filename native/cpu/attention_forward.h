@@ -148,10 +148,10 @@ struct PackedKeys {
   }
   void pack(int64_t slot, int64_t kv_head, int64_t key) const {
     int64_t b = kv_head / args.kv_heads, h = kv_head % args.kv_heads;
-    int64_t valid = least(args.keys - key, Mode::kKeys);
+    int64_t valid = least(args.keys - key, Mode::kKeys), keys = round_up(valid, kColumnStep<Mode>);
     auto k = row_of<Mode>(args.k, b, h, key), v = row_of<Mode>(args.v, b, h, key);
-    pack_panels<Mode>(k, args.k.row, valid, Mode::kKeys, args.depth, panels(slot, key));
-    pack_right<Mode>(v, args.v.row, valid, Mode::kKeys, args.value_depth, values(slot, key), out_width);
+    pack_panels<Mode>(k, args.k.row, valid, keys, args.depth, panels(slot, key));
+    pack_right<Mode>(v, args.v.row, valid, keys, args.value_depth, values(slot, key), out_width);
   }
 };
 

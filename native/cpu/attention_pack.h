@@ -74,7 +74,7 @@ JAXEXT_INLINE void transpose(vf (&x)[kLanes]) {
   }
 }
 
-// Transposed into panels out[keys / kPanel][words(depth)][kPanel]; `keys` a multiple of kPanel, zero from `valid` on.
+// Transposed into panels out[keys / kPanel][words(depth)][kPanel]; `keys` a multiple of kLanes, zero from `valid` on.
 template <class Mode>
 void pack_panels(const typename Mode::Element* in, int64_t stride, int64_t valid, int64_t keys, int64_t depth,
                         float* out) {

@@ -233,7 +233,7 @@ def test_a_nan_reaches_every_row_that_sees_it():
     bad = np.where(np.reshape(rows == 10, (40, 1, 1)), np.nan, 0).astype(np.float32)
 
     def nan_rows(*xs):
-        return np.isnan(np.asarray(kernels.attention(*xs, is_causal=True))).any(-1)[0, :, 0]
+        return np.asarray(jnp.isnan(kernels.attention(*xs, is_causal=True)).any(-1)[0, :, 0])
 
     np.testing.assert_array_equal(nan_rows(q + bad, k, v), rows == 10)
     np.testing.assert_array_equal(nan_rows(q, k + bad, v), rows >= 10)
