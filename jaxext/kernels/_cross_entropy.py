@@ -180,6 +180,10 @@ TARGETS_BACKWARD = Op(
     "target_cross_entropy_backward", None, target="target_cross_entropy_backward", core_rank=1,
     attributes=_wanted_attributes, roles=_roles, refuses=_refuses,
 )  # fmt: skip
+LABELS_BACKWARD_IN_PLACE = Op(
+    "softmax_cross_entropy_backward_in_place", LABELS_BACKWARD.reference, target="cross_entropy_backward", core_rank=1,
+    attributes=_label_attributes, roles=_roles, refuses=_refuses_labels, aliases={0: 0},
+)  # fmt: skip
 derive(LABELS, LABELS_BACKWARD, saved=(1,))
 derive(TARGETS, TARGETS_BACKWARD, saved=(1, 2))
 OPS = (LABELS, TARGETS)

@@ -18,19 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD, OutOfRange, check_choices, int32_labels
+from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD_IN_PLACE, OutOfRange, check_choices, int32_labels
 from jaxext.kernels._op import Op, Role, derive
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_refusal"]
 
 
 class _Problem(NamedTuple):
-    """One call: operands by name, and how to make logits and losses of some rows."""
+    """One call with its rows flattened, and how to make the logits, losses and gradients of some of them."""
 
     x: jax.Array
     weight: jax.Array
     labels: jax.Array
     bias: jax.Array | None
+    weights: jax.Array | None
     classes_first: bool
     label_smoothing: float
     out_of_range: OutOfRange
@@ -38,6 +39,16 @@ class _Problem(NamedTuple):
     @property
     def wide(self) -> Any:
         return jnp.promote_types(jnp.promote_types(self.x.dtype, self.weight.dtype), jnp.float32)
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0 if self.classes_first else 1]
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the rows make: logits of about 32 MiB and at most an eighth of all, 128 rows or more."""
+        rows = self.x.shape[0]
+        return -(-rows // max(128, min(-(-rows // 8), 2**23 // self.classes))) if rows else 1
 
     @property
     def loss_params(self) -> dict[str, Any]:
@@ -48,31 +59,51 @@ class _Problem(NamedTuple):
         made = jax.lax.dot_general(rows, self.weight, contract, preferred_element_type=self.wide)
         return made if self.bias is None else made + self.bias.astype(self.wide)
 
-    def losses(self, rows: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Losses and normalizers of some rows, and their logits."""
-        logits = self.logits(rows)
-        return (*LABELS(logits, labels, **self.loss_params), logits)
+    def add_gradients(
+        self,
+        sums: tuple[jax.Array, jax.Array],
+        rows: jax.Array,
+        labels: jax.Array,
+        logits: jax.Array,
+        normalizer: jax.Array,
+        cotangent: jax.Array,
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """Adds to the gradients of weight and bias those of some rows' losses; the rows' own gradients beside."""
+        backward = LABELS_BACKWARD_IN_PLACE
+        (dlogits,) = backward(logits, labels, normalizer, cotangent, wrt=(0,), **self.loss_params)
+        dweight, dbias = sums
+        if self.bias is not None:
+            dbias = dbias + jnp.sum(dlogits, 0)
+        dlogits = dlogits.astype(jnp.promote_types(rows.dtype, self.weight.dtype))
+        contract = (((1,), (0 if self.classes_first else 1,)), ((), ()))
+        drows = jax.lax.dot_general(dlogits, self.weight, contract, preferred_element_type=self.wide)
+        return (_add_products(dweight, rows, dlogits, self.classes_first), dbias), drows
 
-    def gradients(
-        self, rows: jax.Array, labels: jax.Array, logits: jax.Array, normalizer: jax.Array, cotangent: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Gradients of some rows' losses: of the rows, of weight and of bias, in the wide dtype."""
-        (dlogits,) = LABELS_BACKWARD(logits, labels, normalizer, cotangent, wrt=(0,), **self.loss_params)
-        narrow = dlogits.astype(jnp.promote_types(rows.dtype, self.weight.dtype))
-        product = functools.partial(jax.lax.dot_general, preferred_element_type=self.wide)
-        drows = product(narrow, self.weight, (((1,), (0 if self.classes_first else 1,)), ((), ())))
-        left, right = (narrow, rows) if self.classes_first else (rows, narrow)
-        return drows, product(left, right, (((0,), (0,)), ((), ()))), jnp.sum(dlogits, 0)
+
+def _add_products(sums: jax.Array, rows: jax.Array, dlogits: jax.Array, classes_first: bool) -> jax.Array:
+    """sums + rows^T dlogits (or its transpose), some classes at a time: a product that stays in cache is added there."""
+    features, classes = rows.shape[1], dlogits.shape[1]
+    axis = 0 if classes_first else 1
+    block = min(classes, max(256, 2**20 // features // 256 * 256))
+
+    def add(sums: jax.Array, first: Any, count: int) -> jax.Array:
+        some = jax.lax.dynamic_slice_in_dim(dlogits, first, count, 1)
+        left, right = (some, rows) if classes_first else (rows, some)
+        product = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=sums.dtype)
+        before = jax.lax.dynamic_slice_in_dim(sums, first, count, axis)
+        return jax.lax.dynamic_update_slice_in_dim(sums, before + product, first, axis)
+
+    whole = classes // block
+    sums = jax.lax.fori_loop(0, whole, lambda i, sums: add(sums, i * block, block), sums)
+    return add(sums, whole * block, classes - whole * block) if classes % block else sums
 
 
 def _problem(operands: Sequence[jax.Array], extras: tuple[str, ...], uniform: bool, **choices: Any) -> _Problem:
     x, weight, labels = operands[:3]
-    return _Problem(x.reshape(-1, x.shape[-1]), weight, labels.reshape(-1), *(operands[3:] if extras else (None,)), **choices)
-
-
-def _chunk_count(rows: int) -> int:
-    """Sixteen chunks keep temporaries below an eighth of the logits and their gradient; 64 rows or more feed a product."""
-    return max(1, min(16, rows // 64))
+    named = dict(zip(extras, operands[3:]))
+    weights = named["weights"].reshape(-1) if "weights" in named else None
+    flat = x.reshape(-1, x.shape[-1])
+    return _Problem(flat, weight, labels.reshape(-1), named.get("bias"), weights, **choices)
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
@@ -85,70 +116,75 @@ def _join(chunks: jax.Array, rows: int) -> jax.Array:
     return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])[:rows]
 
 
-def _reference(*operands: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array]:
-    """Losses and normalizers; differentiating it makes each chunk's logits again."""
+def _weighted(problem: _Problem, losses: jax.Array) -> jax.Array:
+    return losses if problem.weights is None else losses * problem.weights.astype(losses.dtype)
+
+
+def _reference(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
+    """Losses, losses before their weights, normalizers; differentiating it makes each chunk's logits again."""
     problem = _problem(operands, **params)
-    shape, rows = operands[2].shape, problem.x.shape[0]
-    chunk = jax.checkpoint(lambda both: problem.losses(*both)[:2])
-    n = _chunk_count(rows)
+    shape, rows, n = operands[2].shape, problem.x.shape[0], problem.chunks
+    chunk = jax.checkpoint(lambda both: LABELS(problem.logits(both[0]), both[1], **problem.loss_params))
     losses, normalizers = jax.lax.map(chunk, (_split(problem.x, n), _split(problem.labels, n)))
-    return _join(losses, rows).reshape(shape), _join(normalizers, rows).reshape(shape)
+    losses = _join(losses, rows)
+    return tuple(v.reshape(shape) for v in (_weighted(problem, losses), losses, _join(normalizers, rows)))
 
 
 def _with_gradients(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
-    """Losses and normalizers, and the gradients of x, weight and bias for cotangents of 1."""
+    """The reference's results, and the gradients of x, weight and bias for cotangents of 1."""
     problem = _problem(operands, **params)
-    shape, rows = operands[2].shape, problem.x.shape[0]
-    n = _chunk_count(rows)
+    shape, rows, n = operands[2].shape, problem.x.shape[0], problem.chunks
 
     def step(sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        x, labels, ones = chunk
-        losses, normalizers, logits = problem.losses(x, labels)
-        dx, dweight, dbias = problem.gradients(x, labels, logits, normalizers, ones)
-        return (sums[0] + dweight, sums[1] + dbias), (losses, normalizers, dx)
+        x, labels, share = chunk
+        logits = problem.logits(x)
+        losses, normalizers = LABELS(logits, labels, **problem.loss_params)
+        sums, dx = problem.add_gradients(sums, x, labels, logits, normalizers, share)
+        return sums, (losses, normalizers, dx)
 
-    zeros = jnp.zeros(problem.weight.shape, problem.wide), jnp.zeros(_classes(problem), problem.wide)
-    chunks = (_split(problem.x, n), _split(problem.labels, n), _split(jnp.ones(rows, problem.wide), n))
+    zeros = jnp.zeros(problem.weight.shape, problem.wide), jnp.zeros(problem.classes, problem.wide)
+    share = _weighted(problem, jnp.ones(rows, problem.wide))
+    chunks = tuple(_split(v, n) for v in (problem.x, problem.labels, share))
     sums, (losses, normalizers, dx) = jax.lax.scan(step, zeros, chunks)
-    per_row = (_join(losses, rows).reshape(shape), _join(normalizers, rows).reshape(shape))
+    losses = _join(losses, rows)
+    per_row = (v.reshape(shape) for v in (_weighted(problem, losses), losses, _join(normalizers, rows)))
     return (*per_row, _join(dx, rows).reshape(operands[0].shape), *sums)
 
 
-def _classes(problem: _Problem) -> int:
-    return problem.weight.shape[0 if problem.classes_first else 1]
-
-
 def _backward(*xs: jax.Array, wrt: tuple[int, ...], **params: Any) -> tuple[jax.Array, ...]:
-    """Gradients for any cotangent: of the operands, the normalizers, [the gradients for cotangents of 1], cotangents."""
-    n_operands = 3 + len(params["extras"])
-    operands, (normalizers, *units), cotangents = xs[:n_operands], xs[n_operands:-1], xs[-1]
+    """Gradients for any cotangent.
+
+    Operands: those of the forward, unweighted losses, normalizers, [gradients for cotangents of 1], cotangents.
+    """
+    extras = params["extras"]
+    operands, (losses, normalizers, *units) = xs[: 3 + len(extras)], xs[3 + len(extras) : -1]
     problem = _problem(operands, **params)
-    rows = problem.x.shape[0]
-    n = _chunk_count(rows)
-    cotangent = cotangents.reshape(-1)
-    split = [_split(v, n) for v in (problem.x, problem.labels, normalizers.reshape(-1), cotangent)]
-    first = cotangent[0] if rows else jnp.zeros((), problem.wide)
-    same = jnp.all(cotangent == first) if units else jnp.asarray(False)
-    shapes = split[0].shape, problem.weight.shape, (_classes(problem),)
-    if units:
+    rows, n, cotangent = problem.x.shape[0], problem.chunks, xs[-1].reshape(-1)
+    share = _weighted(problem, cotangent)
+    split = [_split(v, n) for v in (problem.x, problem.labels, normalizers.reshape(-1), share)]
+    same = jnp.asarray(False)
+    if units and rows:
+        same = jnp.all(cotangent == cotangent[0])
         units[0] = _split(units[0].reshape(problem.x.shape), n)
-        sums = tuple(jnp.where(same, first * unit, 0) for unit in units)
+        sums = tuple(jnp.where(same, cotangent[0] * unit, 0) for unit in units)
     else:
+        shapes = split[0].shape, problem.weight.shape, (problem.classes,)
         sums = tuple(jnp.zeros(shape, problem.wide) for shape in shapes)
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, labels, normalizer, g = (v[i] for v in split)
-        dx, dweight, dbias = problem.gradients(x, labels, problem.logits(x), normalizer, g)
-        return jax.lax.dynamic_update_index_in_dim(sums[0], dx, i, 0), sums[1] + dweight, sums[2] + dbias
+        added, dx = problem.add_gradients(sums[1:], x, labels, problem.logits(x), normalizer, g)
+        return jax.lax.dynamic_update_index_in_dim(sums[0], dx, i, 0), *added
 
     # A loop of no turns, not a branch: it works in place, a branch would copy the gradients.
     dx, dweight, dbias = jax.lax.fori_loop(0, jnp.where(same, 0, n), step, sums)
-    grads = {0: _join(dx, rows).reshape(operands[0].shape), 1: dweight, 3: dbias}
-    return tuple(grads[i].astype(operands[i].dtype) for i in wrt)
+    grads = {"x": _join(dx, rows).reshape(operands[0].shape), "weight": dweight, "bias": dbias, "weights": xs[-1] * losses}
+    names = ("x", "weight", "labels", *extras)
+    return tuple(grads[names[i]].astype(operands[i].dtype) for i in wrt)
 
 
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    every: tuple[Role, ...] = ("full", "shared", "full", "shared")
+def _roles(n_operands: int, *, extras: tuple[str, ...], **_: Any) -> tuple[Role, ...]:
+    every: tuple[Role, ...] = ("full", "shared", "full", *("shared" if e == "bias" else "full" for e in extras))
     return every[:n_operands]
 
 
@@ -164,8 +200,8 @@ PLAIN = _op("linear_cross_entropy", _reference)
 PLAIN_BACKWARD = _op("linear_cross_entropy_backward", None)
 EAGER = _op("linear_cross_entropy_with_gradients", _with_gradients)
 EAGER_BACKWARD = _op("linear_cross_entropy_with_gradients_backward", None)
-_plain_linear = derive(PLAIN, PLAIN_BACKWARD, saved=(1,))
-_eager_linear = derive(EAGER, EAGER_BACKWARD, saved=(1, 2, 3, 4))
+_plain_linear = derive(PLAIN, PLAIN_BACKWARD, saved=(1, 2))
+_eager_linear = derive(EAGER, EAGER_BACKWARD, saved=(1, 2, 3, 4, 5))
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, uniform: bool, **params: Any) -> tuple[Any, Any]:
@@ -175,7 +211,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, uniform: bool, **pa
     which = tuple(i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero))
     moving = (tangents[i] for i in which)
     (dot,) = linear.bind(*primals, *outs[1:], *moving, which=which, uniform=uniform, **params)
-    return outs[:2], [dot, ad.Zero(jax.typeof(outs[1]).to_tangent_aval())]
+    return outs[:3], [dot, *(ad.Zero(jax.typeof(out).to_tangent_aval()) for out in outs[1:3])]
 
 
 def _batch_sums(operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, Any]:
@@ -198,6 +234,7 @@ def linear_cross_entropy(
     labels: Any,
     bias: Any = None,
     *,
+    weights: Any = None,
     classes_first: bool = False,
     label_smoothing: float = 0.0,
     out_of_range: OutOfRange = "nan",
@@ -211,13 +248,14 @@ def linear_cross_entropy(
       weight: [features, classes], or [classes, features] with `classes_first` (a tied embedding table).
       labels: [...] integer classes.
       bias: [classes] or None.
+      weights: [...] or None: factors of the losses, such as a mask. Given here, and not multiplied afterwards, they
+        leave the cotangents uniform.
       classes_first: which way round `weight` is.
       label_smoothing: share of the target spread evenly over the classes, 0..1.
       out_of_range: what a label outside the classes means, as in `softmax_cross_entropy`.
       out_dtype: dtype of the result; None: the dtype that x and weight promote to.
-      uniform: whether the losses are expected to be summed or averaged, each with the same share. Gradients are right
-        either way; with True a sum costs no more products than stock JAX and a weighted sum (a mask) twice as many,
-        with False both cost a third more.
+      uniform: whether the result is expected to be summed or averaged. Gradients are right either way; then a sum costs
+        no more products than stock JAX and any other use twice as many. With False all uses cost a third more.
 
     Returns:
       [...] losses in nats; logits and losses are accumulated in float32.
@@ -227,18 +265,18 @@ def linear_cross_entropy(
     """
     check_choices("linear_cross_entropy", label_smoothing, out_of_range)
     x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
-    extras = () if bias is None else (jnp.asarray(bias),)
-    _check(x, weight, labels, *extras, classes_first=classes_first)
+    given = {k: jnp.asarray(v) for k, v in (("bias", bias), ("weights", weights)) if v is not None}
+    _check(x, weight, labels, **given, classes_first=classes_first)
     out = out_dtype or jnp.promote_types(x.dtype, weight.dtype)
     return PLAIN(
-        x, weight, int32_labels(labels), *extras, extras=("bias",) * len(extras), classes_first=bool(classes_first),
+        x, weight, int32_labels(labels), *given.values(), extras=tuple(given), classes_first=bool(classes_first),
         label_smoothing=float(label_smoothing), out_of_range=out_of_range, uniform=bool(uniform),
     )[0].astype(out)  # fmt: skip
 
 
-def _check(x: Any, weight: Any, labels: Any, bias: Any = None, *, classes_first: bool) -> None:
+def _check(x: Any, weight: Any, labels: Any, bias: Any = None, weights: Any = None, *, classes_first: bool) -> None:
     op = "jaxext linear_cross_entropy"
-    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+    for name, value in (("x", x), ("weight", weight), ("bias", bias), ("weights", weights)):
         if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"{op}: argument '{name}' must be floating point, got {value.dtype}; cast it")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -258,11 +296,12 @@ def _check(x: Any, weight: Any, labels: Any, bias: Any = None, *, classes_first:
             f"{op}: argument 'weight' must have shape {layout} with features = {x.shape[-1]} (x's last axis) and "
             f"classes >= 1, got {tuple(weight.shape)}; `classes_first` says which way round it is"
         )
-    if labels.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{op}: argument 'labels' must have shape {tuple(x.shape[:-1])} to fit x of shape {tuple(x.shape)}, got "
-            f"{tuple(labels.shape)}"
-        )
+    for name, value in (("labels", labels), ("weights", weights)):
+        if value is not None and value.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{op}: argument '{name}' must have shape {tuple(x.shape[:-1])} to fit x of shape {tuple(x.shape)}, got "
+                f"{tuple(value.shape)}"
+            )
     if bias is not None and bias.shape != (classes,):
         raise ValueError(f"{op}: argument 'bias' must have shape ({classes},), got {tuple(bias.shape)}")
 

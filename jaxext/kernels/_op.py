@@ -61,6 +61,7 @@ class Op:
       check: (*avals, **params) -> None; raises TypeError or ValueError that names the argument, what was expected and
         the remedy. Run when the op is traced.
       specs: what conformance tests and benchmarks run.
+      aliases: operand index -> index of the output that is written over it (XLA copies an operand still needed).
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class Op:
         refuses: Callable[..., str | None],
         check: Callable[..., None] | None = None,
         specs: Sequence[ArgSpec] = (),
+        aliases: Mapping[int, int] | None = None,
     ) -> None:
         self.name, self.target, self.specs = name, f"jaxext_{target}", tuple(specs)
         self.attributes, self.roles, self.check = attributes, roles, check
-        self.core_rank = core_rank
+        self.core_rank, self.aliases = core_rank, dict(aliases or {})
         self._refuses = refuses
         self._reference = reference
         self.backward: Op | None = None
@@ -125,7 +127,8 @@ class Op:
             return self._lower(ctx, *args, **params)
         if _sharding.spans_devices(ctx):
             return mlir.lower_fun(self._partitioned(ctx, params), multiple_results=True)(ctx, *args)
-        return jax.ffi.ffi_lowering(self.target)(ctx, *args, **self.attributes(**params))
+        lowering = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self.aliases)
+        return lowering(ctx, *args, **self.attributes(**params))
 
     def _partitioned(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> Callable[..., Any]:
         avals = (*ctx.avals_in, *ctx.avals_out)
@@ -159,7 +162,9 @@ def _primitive(name: str, abstract: Callable[..., Any], lower: Callable[..., Any
 
 @functools.lru_cache(maxsize=4096)
 def _traced_avals(op: Op, avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> Sequence[Any]:
-    outs = jax.eval_shape(lambda *xs: tuple(op.reference(*xs, **dict(params))), *map(_struct, avals))
+    # Not eval_shape, which is jitted: where jaxext is on, the reference would be replaced by the op itself.
+    traced = _jax_compat.trace(lambda *xs: tuple(op.reference(*xs, **dict(params))), [jax.typeof(_struct(a)) for a in avals])
+    outs = _jax_compat.out_types(traced)
     roles = op.output_roles(len(outs), **dict(params))
     return tuple(_like(op, avals[0], role, out.shape, out.dtype) for out, role in zip(outs, roles))
 
