@@ -268,7 +268,7 @@ class Call:
 
 def _as_match(root: Value, graph: Graph, found: Norm) -> Match:
     vectors = tuple(view.value for view in (*found.scales, *(() if found.bias is None else (found.bias,))))
-    residual = _residual(graph, root, found.x.value, vectors)
+    residual = _residual(graph, root, found.x.value)
     call = Call(
         found.is_centred,
         found.epsilon,
@@ -294,7 +294,7 @@ def _as_match(root: Value, graph: Graph, found: Norm) -> Match:
     )
 
 
-def _residual(graph: Graph, root: Value, x: Value, vectors: tuple[Value, ...]) -> tuple[Value, Value, bool] | None:
+def _residual(graph: Graph, root: Value, x: Value) -> tuple[Value, Value, bool] | None:
     """(a, b, whether the sum is used elsewhere) where x is a + b, both of x's own shape and type."""
     node = x.node
     if node is None or node.primitive != "add" or node.position < 0:
@@ -303,8 +303,6 @@ def _residual(graph: Graph, root: Value, x: Value, vectors: tuple[Value, ...]) -
         whole = value.shape == x.shape and value.dtype == x.dtype and value.const is None
         if not whole or math.prod(shrink(label(value)).value.shape) != math.prod(x.shape):
             return None
-    if any(value.node is not None and value.node.position > node.position for value in vectors):
-        return None
     inside = _between(root, x)
     elsewhere = graph.escapes(x) or any(user not in inside for user in users(graph, x))
     return node.inputs[0], node.inputs[1], elsewhere
