@@ -86,7 +86,7 @@ def called_jaxpr(eqn: Any) -> Any:
 
 
 def operands(eqn: Any, parameter: str) -> list[int | None]:
-    """For each argument of a function inside `eqn`: the operand that it always is, None where it varies by iteration."""
+    """For each argument of a function inside `eqn`: the operand that it always is, None where that varies."""
     params, count = eqn.params, len(eqn.invars)
     match eqn.primitive.name:
         case "scan":
