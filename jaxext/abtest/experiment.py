@@ -263,9 +263,9 @@ class Experiment:
 
         offset = 0
         self._phase(f"timing, round 1 of at most {rounds}")
-        three = measure([*self._settings], with_system, options.seed, time.monotonic() + 0.4 * share, 3)
+        three = measure([*self._settings], with_system, options.seed, time.monotonic() + 0.4 * share, 2)
         offset = len(three["reference"])
-        pair = measure(["reference", "candidate"], rounds - offset, options.seed + 1, deadline, max(0, 5 - offset))
+        pair = measure(["reference", "candidate"], rounds - offset, options.seed + 1, deadline, max(0, 3 - offset))
         seconds = {side: three[side] + pair[side] for side in ("reference", "candidate")}
         if len(seconds["reference"]) < rounds:
             self._notes.append(f"the time budget allowed {len(seconds['reference'])} of {rounds} timed rounds")

@@ -30,6 +30,7 @@ from jaxext.abtest.state import Leaves, copy_array, numeric
 Three = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 FIRST_STEPS = 20
+BLOCK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,39 +87,45 @@ class LeafError:
         return {**dataclasses.asdict(self), "fraction": self.fraction}
 
 
-def _norm(values: np.ndarray) -> float:
-    flat = np.ascontiguousarray(values).ravel()
-    norm = float(np.sqrt(np.dot(flat, flat)))
-    if 1e-15 < norm < 1e15 or flat.size == 0:
-        return norm
-    # Squares of second moments underflow in float32: a gradient of pure rounding has them at 1e-25.
-    wide = flat.astype(np.float64)
-    return float(np.sqrt(np.dot(wide, wide)))
-
-
-def _finite(norm: float) -> float:
-    return norm if np.isfinite(norm) else 0.0
-
-
 def _is_inexact(values: np.ndarray) -> bool:
     return bool(np.issubdtype(values.dtype, np.inexact)) or values.dtype.name in TOLERANCES
 
 
-def _real(values: np.ndarray) -> np.ndarray:
-    if np.iscomplexobj(values):
-        return np.ascontiguousarray(values).view(np.real(values).dtype)
-    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
+def _flat(values: np.ndarray) -> np.ndarray:
+    flat = np.ascontiguousarray(values).ravel()
+    return flat.view(np.real(flat).dtype) if np.iscomplexobj(flat) else flat
 
 
-def _distance(left: np.ndarray, right: np.ndarray) -> float:
-    """||left - right||, where NaN equals NaN and an infinity itself; infinite where one side alone is not finite."""
-    with np.errstate(invalid="ignore"):
-        norm = _norm(left - right)
-    if not np.isfinite(norm):
-        same = (left == right) | (np.isnan(left) & np.isnan(right))
-        with np.errstate(invalid="ignore"):
-            norm = _norm(np.where(same, 0, left - right).astype(np.float64))
-    return norm if np.isfinite(norm) else float("inf")
+def _square(left: np.ndarray, right: np.ndarray) -> float:
+    """||left - right||^2, where NaN equals NaN and an infinity itself; infinite where one side alone is not finite."""
+    # einsum, not BLAS, whose threads would still spin when timing begins.
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = left - right
+        square = float(np.einsum("i,i->", difference, difference))
+        if not np.isfinite(square):
+            same = (left == right) | (np.isnan(left) & np.isnan(right))
+            difference = np.where(same, 0, difference)
+            square = float(np.einsum("i,i->", difference, difference))
+    return square if np.isfinite(square) else float("inf")
+
+
+def _norms(after: Three, before: tuple[np.ndarray, np.ndarray] | None) -> list[float]:
+    """Norms of: candidate - reference, reference, what the reference gained, and by how much the probe gained else.
+
+    In float64, because squares of second moments underflow in float32, and block by block, to stay in the cache.
+    """
+    reference, candidate, probe = (_flat(leaf) for leaf in after)
+    starts = None if before is None else [_flat(leaf) for leaf in before]
+    sums = [0.0] * 4
+    for begin in range(0, reference.size, BLOCK):
+        part = slice(begin, begin + BLOCK)
+        r, c, p = (array[part].astype(np.float64) for array in (reference, candidate, probe))
+        zero = np.zeros_like(r)
+        first, disturbed = (zero, zero) if starts is None else (start[part].astype(np.float64) for start in starts)
+        # The probe began elsewhere, so what they gained is compared, not where they are.
+        pairs = ((c, r), (r, zero), (r, first), (p - disturbed, r - first))
+        sums = [total + _square(*pair) for total, pair in zip(sums, pairs, strict=True)]
+    return [float(np.sqrt(total)) for total in sums]
 
 
 def compare_leaf(
@@ -128,20 +135,12 @@ def compare_leaf(
 
     `before`: its value ahead of the first step in (reference, probe); None for an output.
     """
-    reference, candidate, probe = (_real(leaf) for leaf in after)
-    if not candidate.shape == reference.shape == probe.shape:
+    if len({leaf.shape for leaf in after}) != 1:
         return LeafError(name, step, float("inf"), 0.0, 0.0)
-    error = _distance(candidate, reference)
-    size = gain = _norm(reference)
-    shifted = reference
-    if before is not None:
-        first, disturbed = (_real(leaf) for leaf in before)
-        gain = _distance(reference, first)
-        # The probe began elsewhere, so what they gained is compared, not where they are.
-        shifted = reference if disturbed is first else reference + (disturbed - first)
+    error, *others = _norms(after, before)
     # Where stock itself is not finite, no bound follows from it, and only equal values agree.
-    bound = rule.factor * _finite(_distance(probe, shifted))
-    size, gain = _finite(size), _finite(gain)
+    size, gain, noise = (norm if np.isfinite(norm) else 0.0 for norm in others)
+    bound = rule.factor * noise
     if _is_inexact(after[0]):
         own = 2.0**-23 if after[0].dtype.itemsize >= 4 else 2.0**-8
         bound += rule.floor * gain + 8 * own * size
