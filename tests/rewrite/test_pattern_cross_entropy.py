@@ -1,0 +1,163 @@
+"""Cross-entropy is found in every spelling, with its linear layer where the logits go nowhere else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from agreement import assert_agrees, assert_matched, assert_missed, normals, report_of
+from jax import lax
+
+B, T, F, V = 2, 6, 16, 40
+LABELS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)), jnp.int32)
+STRAY = LABELS.at[0, 0].set(-100).at[0, 1].set(-3).at[1, 1].set(V + 9)
+ONE_HOT = jax.nn.one_hot
+
+
+def logits():
+    return normals(1, (B, T, V))[0]
+
+
+def of_label(array, labels=LABELS):
+    return jnp.take_along_axis(array, labels[..., None], -1)[..., 0]
+
+
+INTEGER = {
+    "optax": lambda z: optax.softmax_cross_entropy_with_integer_labels(z, LABELS),
+    "optax, mean": lambda z: optax.softmax_cross_entropy_with_integer_labels(z, LABELS).mean(),
+    "optax under vmap": lambda z: jax.vmap(optax.softmax_cross_entropy_with_integer_labels)(z, LABELS),
+    "optax, one-hot": lambda z: optax.softmax_cross_entropy(z, ONE_HOT(LABELS, V)),
+    "take_along_axis": lambda z: -of_label(jax.nn.log_softmax(z)).mean(),
+    "logsumexp less logit": lambda z: (jax.nn.logsumexp(z, -1) - of_label(z)).mean(),
+    "logit less logsumexp": lambda z: of_label(z) - jax.nn.logsumexp(z, -1),
+    "normalised logits": lambda z: -of_label(z - jax.nn.logsumexp(z, -1, keepdims=True)),
+    "no maximum": lambda z: -of_label(z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))),
+    "index per row": lambda z: jax.vmap(jax.vmap(lambda p, i: p[i]))(jax.nn.log_softmax(z), LABELS),
+    "index arrays": lambda z: jax.nn.log_softmax(z)[jnp.arange(B)[:, None], jnp.arange(T), LABELS],
+    "one-hot sum": lambda z: -jnp.sum(ONE_HOT(LABELS, V) * jax.nn.log_softmax(z), -1),
+    "sum of everything": lambda z: -jnp.sum(jax.nn.log_softmax(z) * ONE_HOT(LABELS, V)) / LABELS.size,
+    "einsum": lambda z: -jnp.einsum("btv,btv->bt", ONE_HOT(LABELS, V), jax.nn.log_softmax(z)),
+    "comparison": lambda z: -jnp.sum(jnp.where(LABELS[..., None] == jnp.arange(V), 1.0, 0.0) * jax.nn.log_softmax(z), -1),
+    "weights inside": lambda z: -(ONE_HOT(LABELS, V) * jax.nn.log_softmax(z) * (LABELS > 5)[..., None]).sum((-1, -2)),
+    "weights outside": lambda z: (optax.softmax_cross_entropy_with_integer_labels(z, LABELS) * (LABELS > 5)).sum(),
+    "in remat": lambda z: jax.checkpoint(optax.softmax_cross_entropy_with_integer_labels)(z, LABELS),
+    "in scan": lambda z: lax.map(lambda a: optax.softmax_cross_entropy_with_integer_labels(*a), (z, LABELS)),
+}
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_spellings_with_one_class_per_row(name):
+    assert_matched(INTEGER[name], logits(), kernel="softmax_cross_entropy", detail=f"classes={V}, labels")
+
+
+SMOOTHED = {
+    "optax": lambda z: optax.softmax_cross_entropy(z, optax.smooth_labels(ONE_HOT(LABELS, V), 0.1)),
+    "on and off": lambda z: (
+        -jnp.sum(jnp.where(LABELS[..., None] == jnp.arange(V), 0.9 + 0.1 / V, 0.1 / V) * jax.nn.log_softmax(z), -1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothed_labels(name):
+    detail = f"classes={V}, labels, smoothing=0.1"
+    assert_matched(SMOOTHED[name], logits(), kernel="softmax_cross_entropy", detail=detail)
+
+
+def test_target_distributions_get_their_gradient():
+    assert_matched(
+        lambda z, t: optax.softmax_cross_entropy(z, jax.nn.softmax(t)),
+        *normals(2, (B, T, V), (B, T, V)),
+        kernel="softmax_cross_entropy",
+        detail=f"classes={V}, targets",
+    )
+
+
+def test_labels_out_of_range_mean_what_they_mean_in_stock_jax():
+    spellings = (
+        lambda z: jnp.nan_to_num(optax.softmax_cross_entropy_with_integer_labels(z, STRAY)),
+        lambda z: optax.softmax_cross_entropy(z, ONE_HOT(STRAY, V)),
+        lambda z: jax.vmap(jax.vmap(lambda p, i: p[i]))(jax.nn.log_softmax(z), STRAY),
+    )
+    for spelling in spellings:
+        assert_matched(spelling, logits(), kernel="softmax_cross_entropy")
+    stray = report_of(spellings[0], logits())
+    assert stray.kernels() == {"softmax_cross_entropy"}
+
+
+def test_bfloat16_logits_widened_for_the_loss_stay_narrow():
+    (z,) = normals(3, (B, T, V), dtype=jnp.bfloat16)
+
+    def widened(z):
+        return optax.softmax_cross_entropy_with_integer_labels(z.astype(jnp.float32), LABELS)
+
+    (entry,) = report_of(widened, z).replaced
+    assert entry.shapes[0].startswith("bf16")
+    assert_agrees(widened, z, tolerance=1e-2)
+
+
+# ---------------------------------------------------------------- with the linear layer
+
+
+def arrays():
+    return normals(4, (B, T, F), (F, V), (V,))
+
+
+LINEAR = {
+    "product": lambda x, w, b: optax.softmax_cross_entropy_with_integer_labels(x @ w, LABELS).mean(),
+    "tied embedding": lambda x, w, b: -of_label(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", x, w.T))).mean(),
+    "one-hot": lambda x, w, b: optax.softmax_cross_entropy(x @ w, ONE_HOT(LABELS, V)).mean(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_logits_used_once_are_not_made(name):
+    assert_matched(LINEAR[name], *arrays(), kernel="linear_cross_entropy", detail=f"classes={V}, labels")
+
+
+def test_a_bias_belongs_to_the_linear_layer():
+    assert_matched(
+        lambda x, w, b: optax.softmax_cross_entropy_with_integer_labels(x @ w + b, LABELS).mean(),
+        *arrays(),
+        kernel="linear_cross_entropy",
+        detail=f"classes={V}, labels, bias",
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda z: (z.argmax(-1) == LABELS).mean(), lambda z: z, lambda z: jnp.exp(z).sum()],
+    ids=["accuracy", "returned", "other loss"],
+)
+def test_logits_used_elsewhere_are_made(use):
+    def loss(x, w, b):
+        z = x @ w + b
+        return optax.softmax_cross_entropy_with_integer_labels(z, LABELS).mean(), use(z)
+
+    assert_matched(loss, *arrays(), kernel="softmax_cross_entropy", detail=f"classes={V}, labels")
+
+
+# ---------------------------------------------------------------- near misses
+
+
+def test_classes_on_another_axis_are_a_near_miss():
+    assert_missed(
+        lambda z: optax.softmax_cross_entropy_with_integer_labels(z, LABELS, axis=1),
+        logits().swapaxes(1, 2),
+        kernel="softmax_cross_entropy",
+        reason="the classes are not the last axis of the logits",
+    )
+
+
+def test_the_logit_of_another_array_is_a_near_miss():
+    assert_missed(
+        lambda z: jax.nn.logsumexp(z, -1) - of_label(jnp.tanh(z)),
+        logits(),
+        kernel="softmax_cross_entropy",
+        reason="the logarithm and the label's logit are of different arrays",
+    )
+
+
+def test_entropy_is_no_cross_entropy_of_labels():
+    report = report_of(lambda z: -of_label(jnp.log(jax.nn.softmax(z) + 1e-3)), logits())
+    assert not report.replaced
