@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ except ImportError as error:
 
 Literal = jex_core.Literal
 Tracer = core.Tracer
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
 OLDEST_JAX = (0, 10, 2)
 
 # ---------------------------------------------------------------- jaxprs
@@ -100,7 +102,8 @@ def operands(eqn: Any, parameter: str) -> list[int | None]:
         case "cond":
             return [*range(1, count)]
         case "shard_map":
-            return [None] * count
+            # An operand that every device has whole is the same inside.
+            return [None if any(tuple(spec)) else number for number, spec in enumerate(params["in_specs"])]
     return [*range(count)]
 
 
@@ -178,10 +181,14 @@ def is_differentiated(eqn: Any) -> bool:
 
 
 def user_line(eqn: Any) -> str:
-    """Where the user wrote an equation: ``train.py:12 (loss)``, "" where JAX kept no traceback."""
-    frame = source_info_util.user_frame(eqn.source_info.traceback)
-    if frame is None:
+    """Where the user wrote an equation: ``train.py:12 (loss)``, "" where JAX kept no traceback.
+
+    A line of an installed library is given only where no other is on the stack.
+    """
+    frames = list(source_info_util.user_frames(eqn.source_info.traceback))
+    if not frames:
         return ""
+    frame = next((frame for frame in frames if not _INSTALLED.search(frame.file_name)), frames[0])
     path = frame.file_name
     here = os.getcwd() + os.sep
     return f"{path.removeprefix(here)}:{frame.start_line} ({frame.function_name.rsplit('.', 1)[-1]})"

@@ -34,6 +34,7 @@ _LOCATION = {"remat2": "remat", "checkpoint": "remat"}
 _LAYOUT = frozenset(
     ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "pvary")
 )
+_REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "dot_general", "argmax", "reduce_window_sum", "cumsum"))
 _WITHOUT = re.compile(r"jaxext\.without((?:\.\w+)+)")
 
 
@@ -174,9 +175,8 @@ def _skipped(node: Node, mode: Mode) -> bool:
 
 def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> None:
     by_primitive: dict[str, list[Node]] = {}
-    for node in reversed(plan.graph.nodes):
-        if not (mode.skip_differentiated and compat.is_differentiated(node.eqn)):
-            by_primitive.setdefault(node.primitive, []).append(node)
+    for node in _candidates(plan.graph, mode):
+        by_primitive.setdefault(node.primitive, []).append(node)
     covered: set[Node] = set()
     refused: dict[str, set[Node]] = {}
     near: list[tuple[Node, Entry]] = []
@@ -200,6 +200,32 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
     for node, entry in near:
         if node not in covered and node not in refused.get(entry.kernel, ()) and not _left_out(entry.kernel, node):
             plan.report.missed.append(entry)
+
+
+def _candidates(graph: Graph, mode: Mode) -> list[Node]:
+    """The nodes that may be the root of a match, last first.
+
+    In a whole step these are the ones that depend on a reduction which no differentiation made, for that is what all
+    patterns have in common; so the thousands of operations of an optimizer cost no attempts.
+    """
+    nodes = graph.nodes
+    if mode.skip_differentiated:
+        nodes = [node for node in nodes if not compat.is_differentiated(node.eqn)]
+    if mode.whole_step:
+        reduced: set[Value] = set()
+        chosen = []
+        for node in nodes:
+            if not reduced.isdisjoint(node.inputs) or _reduces(node):
+                reduced.update(node.outputs)
+                chosen.append(node)
+        nodes = chosen
+    return nodes[::-1]
+
+
+def _reduces(node: Node) -> bool:
+    if node.primitive in _REDUCTIONS:
+        return node.outputs[0].shape != ()
+    return node.primitive == "custom_jvp_call" or node.primitive in HIGHER_ORDER
 
 
 def _try(pattern: Pattern, node: Node, plan: Plan, near: list[tuple[Node, Entry]]) -> Match | None:

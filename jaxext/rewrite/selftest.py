@@ -6,6 +6,7 @@ import dataclasses
 import threading
 
 import jax
+import jax.numpy as jnp
 
 from .. import _jax_compat as compat
 from .. import _settings
@@ -31,7 +32,7 @@ PATTERNS = (Pattern("attention", frozenset({"sin"}), _sine),)
 
 
 def _function(x: jax.Array) -> jax.Array:
-    return jax.lax.sin(x) * x
+    return jnp.sum(jnp.sin(jnp.sum(x, axis=0)))
 
 
 def insert_tested(on_differentiate: compat.DifferentiationHook, on_jit: compat.JitHook) -> compat.HookStatus:
@@ -66,9 +67,9 @@ def _try_in_thread() -> dict[str, str]:
 
 
 def _problem(fun, name: str) -> str:
-    scalar = jax.ShapeDtypeStruct((), "float32")
+    matrix = jax.ShapeDtypeStruct((2, 2), "float32")
     try:
-        text = str(jax.jit(lambda x: fun(x)).trace(scalar).jaxpr)
+        text = str(jax.jit(lambda x: fun(x)).trace(matrix).jaxpr)
     except Exception as error:  # whatever JAX's insides raise here, it must not stop the user's program
         return f"hooking {name} fails: {type(error).__name__}: {error}"
     return f"hooking {name} has no effect" if "sin" in text or "cos" in text else ""

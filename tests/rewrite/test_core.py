@@ -106,8 +106,25 @@ def test_what_is_used_elsewhere_is_computed_too():
 
 
 def test_a_forward_program_is_left_alone_where_nothing_would_be_saved():
-    plan = planned(lambda x: (lambda s: (s * x, s + 1))(jnp.sin(x)), X, mode=FORWARD)
+    def shared(x):
+        column = x.sum(0)
+        sine = jnp.sin(column)
+        return sine * column, sine + 1
+
+    plan = planned(shared, X, mode=FORWARD)
     assert not plan.changes() and len(plan.report.missed) == 1
+
+
+def test_what_follows_no_reduction_costs_a_whole_step_no_attempts():
+    tried = []
+
+    def match(root, graph):
+        tried.append(root.node.primitive)
+        raise NoMatch("never")
+
+    pattern = Pattern("attention", frozenset({"mul", "exp"}), match)
+    planned(lambda x: (x * x, jnp.exp(x.sum(0))), X, patterns=(pattern,), mode=FORWARD)
+    assert tried == ["exp"]
 
 
 @pytest.mark.parametrize("mode", [FORWARD, BEFORE_DIFFERENTIATION])
