@@ -131,7 +131,7 @@ class Op:
         return lowering(ctx, *args, **self.attributes(**params))
 
     def _partitioned(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> Callable[..., Any]:
-        avals = (*ctx.avals_in, *ctx.avals_out)
+        avals: tuple[Any, ...] = (*ctx.avals_in, *ctx.avals_out)
         return _sharding.partitioned(
             _bound(self, tuple(sorted(params.items()))),
             self.leading(ctx.avals_in[0]),
@@ -267,14 +267,15 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
         roles = forward.roles(max(wrt, default=0) + 1, **params)
         return tuple(roles[i] for i in wrt)
 
+    def backward_roles(n_operands: int, *, wrt: tuple[int, ...] = (), **params: Any) -> Sequence[Role]:
+        rest: tuple[Role, ...] = ("full",) * (n_saved + n_cotangents)
+        return (*forward.roles(n_operands - len(rest), **params), *rest)
+
     ad.primitive_jvps[forward.primitive] = jvp
     backward._reference = backward_reference
     backward.out_avals = backward_avals
     backward.output_roles = output_roles
-    backward.roles = lambda n, wrt=(), **params: (
-        *forward.roles(n - n_saved - n_cotangents, **params),
-        *("full",) * (n_saved + n_cotangents),
-    )
+    backward.roles = backward_roles
     return linear
 
 
