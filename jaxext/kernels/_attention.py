@@ -172,15 +172,20 @@ def _reference(
     keep_scale: float,
     fill: str,
     layout: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """(out, lse): lse f32 [..., N, T], -inf for a row whose keys are all hidden; not differentiable."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(out, lse, low); the last two are residuals, not differentiable.
+
+    lse: f32 [..., N, T], -inf for a row whose keys are all hidden.
+    low: as out, what rounding took from it (the backward's sum(out * dout) cancels where one probability is near 1);
+      [..., 0] in float32.
+    """
     heads, kv_heads, queries, keys, _, value_depth = _sizes(q, k, v, layout)
     leading, dtype, named = q.shape[:-3], q.dtype, dict(zip(extras, rest))
     wide = jnp.promote_types(dtype, jnp.float32)
     q, k, v = (_heads_first(x, order) for x, order in zip((q, k, v), layout))
     if keys == 0 or 0 in q.shape:
-        out = jnp.zeros((*leading, heads, queries, value_depth), dtype)
-        return _heads_first(out, layout[3]), jnp.full((*leading, heads, queries), -jnp.inf, jnp.float32)
+        out = _heads_first(jnp.zeros((*leading, heads, queries, value_depth), dtype), layout[3])
+        return out, jnp.full((*leading, heads, queries), -jnp.inf, jnp.float32), _rounded_away(out, out)
     q = q.reshape(*leading, kv_heads, heads // kv_heads, queries, q.shape[-1])
     logits = jnp.einsum("...kgtd,...ksd->...kgts", q.astype(wide), k.astype(wide)) * scale
     if soft_cap is not None:
@@ -201,9 +206,15 @@ def _reference(
     if "keep" in named:
         probabilities = jnp.where(_grouped(named["keep"], kv_heads), probabilities * keep_scale, 0)
     out = jnp.einsum("...kgts,...ksd->...kgtd", probabilities.astype(dtype), v, preferred_element_type=wide)
-    out = out.astype(dtype).reshape(*leading, heads, queries, value_depth)
+    out = _heads_first(out.reshape(*leading, heads, queries, value_depth), layout[3])
     lse = jax.lax.stop_gradient(lse).astype(jnp.float32).reshape(*leading, heads, queries)
-    return _heads_first(out, layout[3]), lse
+    return out.astype(dtype), lse, _rounded_away(out, out.astype(dtype))
+
+
+def _rounded_away(exact: jax.Array, out: jax.Array) -> jax.Array:
+    if out.dtype != jnp.bfloat16:
+        return jnp.zeros((*out.shape[:-3], 0), out.dtype)
+    return jax.lax.stop_gradient(exact.astype(jnp.float32) - out.astype(jnp.float32)).astype(out.dtype)
 
 
 # --- ops ------------------------------------------------------------------------------------------------------------
@@ -525,4 +536,4 @@ ATTENTION_BACKWARD = Op(
     roles=_roles,
     refuses=_backward_refuses,
 )
-derive(ATTENTION, ATTENTION_BACKWARD, saved=(0, 1), outputs=(0,))
+derive(ATTENTION, ATTENTION_BACKWARD, saved=(0, 1, 2), outputs=(0,))

@@ -33,6 +33,7 @@ struct AttentionArgs {
   int64_t band_low, band_high;        // row i attends key j iff band_low <= j - i <= band_high
   AttentionFill fill;
   AttentionOperand q, k, v, out;
+  AttentionOperand low;  // bf16 only: what rounding took from out, which backward's sum(out * dout) needs
   float* lse;  // [batch, heads, queries], natural logarithm; -inf where every key is masked
   AttentionBroadcast bias, mask, keep, query_segments, key_segments;
   // Backward only. A null gradient is not computed; bias_gradient has bias's shape and element type.

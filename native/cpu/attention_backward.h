@@ -88,7 +88,9 @@ void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, f
     vf sum{};
     for (int64_t c = 0; !empty && c < a.value_depth; c += kLanes) {
       int64_t n = a.value_depth - c;
-      sum = fma(load_part(out + i * a.out.row + c, n), load_part(dout + i * a.dout.row + c, n), sum);
+      vf g = load_part(dout + i * a.dout.row + c, n);
+      sum = fma(load_part(out + i * a.out.row + c, n), g, sum);
+      if (a.low.data) sum = fma(load_part(row_of<Mode>(a.low, b, h, row + i) + c, n), g, sum);
     }
     delta[i] = empty ? 0.f : reduce_add(sum);
     base2_lse[i] = empty ? kInfinity : lse[i] * kLog2E;

@@ -234,7 +234,7 @@ struct QueryBlock {
   }
 
   // A row that no key contributed to: hidden altogether (the fill's case), or scores of -inf (NaN, as softmax gives).
-  float empty_row(int64_t i, typename Mode::Element* out) {
+  float empty_row(int64_t i) {
     const AttentionArgs& a = *rules.args;
     bool hidden = true;
     for (int64_t j = 0; j < a.keys && hidden; j++) hidden = !attends(a, arrays, row + i, j);
@@ -250,26 +250,33 @@ struct QueryBlock {
       for (int64_t c = 0; c < a.value_depth; c += kLanes)
         store(sum + c, fma(w, load_part(v + j * a.v.row + c, a.value_depth - c), load(sum + c)));
     }
-    write_row(out, sum, 1.f);
+    write_row(i, sum, 1.f);
     return hidden ? -kInfinity : weight;
   }
 
-  void write_row(typename Mode::Element* out, const float* sum, float factor) {
-    int64_t depth = rules.args->value_depth;
-    for (int64_t c = 0; c < depth; c += kLanes) store_part(out + c, load(sum + c) * splat(factor), depth - c);
+  void write_row(int64_t i, const float* sum, float factor) {
+    typedef typename Mode::Element Element;
+    const AttentionArgs& a = *rules.args;
+    Element* out = row_of<Mode>(a.out, batch, head, row + i);
+    Element* low = a.low.data ? row_of<Mode>(a.low, batch, head, row + i) : nullptr;
+    for (int64_t c = 0; c < a.value_depth; c += kLanes) {
+      vf x = load(sum + c) * splat(factor);
+      store_part(out + c, x, a.value_depth - c);
+      if constexpr (sizeof(Element) == 2)
+        if (low) store_part(low + c, x - widen(narrow(x)), a.value_depth - c);
+    }
   }
 
   void finish() {
     const AttentionArgs& a = *rules.args;
-    auto out = row_of<Mode>(a.out, batch, head, row);
     float* lse = a.lse + (batch * a.heads + head) * a.queries + row;
-    for (int64_t i = 0; i < rows; i++, out += a.out.row) {
+    for (int64_t i = 0; i < rows; i++) {
       float sum = reduce_add(load(state.sum + i * kLanes));
       if (sum == 0.f) {
-        lse[i] = empty_row(i, out);
+        lse[i] = empty_row(i);
         continue;
       }
-      write_row(out, state.out + i * out_width, 1.f / sum);
+      write_row(i, state.out + i * out_width, 1.f / sum);
       lse[i] = (state.maximum[i] + __builtin_log2f(sum)) * kLn2;
     }
   }

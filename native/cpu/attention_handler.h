@@ -1,7 +1,8 @@
 // The FFI handlers of attention: operands to arguments, with every shape and type checked.
 //
 // Operands: q, k, v, then those of `extras` ("bias", "mask", "query_segment_ids", "key_value_segment_ids", "keep"),
-// then, backward, out, lse and the cotangent of out. Results: out, lse; backward, one gradient per index in `wrt`.
+// then, backward, out, lse, low and the cotangent of out. Results: out, lse, low; backward, one gradient per index in
+// `wrt`.
 #pragma once
 #include <cstring>
 #include <string>
@@ -83,6 +84,13 @@ class AttentionBinder {
     if (args.batch * args.heads == 0) memset(x.untyped_data(), 0, x.size_bytes());
     args.bias_gradient = x.untyped_data();
     return ffi::Error::Success();
+  }
+
+  // [..., 0] where nothing is rounded away (f32).
+  template <class Buffer>
+  ffi::Error bind_low(Buffer x) {
+    if (args.element == AttentionElement::f32) return ffi::Error::Success();
+    return bind(x, "low", 3, args.heads, args.queries, args.value_depth, args.low);
   }
 
   template <class Buffer>
@@ -170,9 +178,9 @@ class AttentionBinder {
 
 inline ffi::Error attention_forward_call(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                                          ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                                         ffi::Result<ffi::AnyBuffer> lse, std::string_view extras,
-                                         std::string_view layout, float scale, float soft_cap, float keep_scale,
-                                         int64_t band_low, int64_t band_high, int32_t fill) {
+                                         ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> low,
+                                         std::string_view extras, std::string_view layout, float scale, float soft_cap,
+                                         float keep_scale, int64_t band_low, int64_t band_high, int32_t fill) {
   AttentionAttributes attributes{extras, layout, scale, soft_cap, keep_scale, band_low, band_high, fill};
   AttentionBinder binder("attention", attributes);
   AttentionArgs& a = binder.args;
@@ -181,6 +189,7 @@ inline ffi::Error attention_forward_call(ffi::ThreadPool pool, ffi::AnyBuffer q,
   if (auto e = binder.bind_extras(rest, next); e.failure()) return e;
   if (auto e = binder.bind(*out, "out", 3, a.heads, a.queries, a.value_depth, a.out); e.failure()) return e;
   if (auto e = binder.bind_lse(*lse); e.failure()) return e;
+  if (auto e = binder.bind_low(*low); e.failure()) return e;
   if (a.batch * a.heads * a.queries > 0) JAXEXT_DISPATCH(attention_forward)(a, parallel(pool));
   return ffi::Error::Success();
 }
@@ -215,11 +224,12 @@ inline ffi::Error attention_backward_call(ffi::ThreadPool pool, ffi::AnyBuffer q
   size_t next = 0;
   if (auto e = binder.bind_extras(rest, next); e.failure()) return e;
   auto out = rest.get<ffi::AnyBuffer>(next), lse = rest.get<ffi::AnyBuffer>(next + 1),
-       dout = rest.get<ffi::AnyBuffer>(next + 2);
-  if (!out || !lse || !dout) return bad_argument("attention_backward", "out, lse, cotangent", "present");
+       low = rest.get<ffi::AnyBuffer>(next + 2), dout = rest.get<ffi::AnyBuffer>(next + 3);
+  if (!out || !lse || !low || !dout) return bad_argument("attention_backward", "out, lse, low, cotangent", "present");
   if (auto e = binder.bind(*out, "out", 3, a.heads, a.queries, a.value_depth, a.out); e.failure()) return e;
   if (auto e = binder.bind(*dout, "cotangent", 3, a.heads, a.queries, a.value_depth, a.dout); e.failure()) return e;
   if (auto e = binder.bind_lse(*lse); e.failure()) return e;
+  if (auto e = binder.bind_low(*low); e.failure()) return e;
   if (auto e = bind_gradients(binder, results, wrt, extras); e.failure()) return e;
   if (a.batch * a.kv_heads > 0) JAXEXT_DISPATCH(attention_backward)(a, parallel(pool));
   return ffi::Error::Success();
@@ -244,6 +254,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_attention_forward, jaxext::attention_forwar
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>() JAXEXT_ATTENTION_ATTRIBUTES);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_attention_backward, jaxext::attention_backward_call,

@@ -373,7 +373,7 @@ def test_wrong_arguments_are_named_with_the_remedy(name):
 def test_the_handler_refuses_what_it_cannot_read():
     q = shaped(1, 4, 2, 8)
     params = _attention._bind(q, q, q)[1]
-    results = [jax.ShapeDtypeStruct((1, 4, 2, 8), "float32"), jax.ShapeDtypeStruct((1, 2, 4), "float32")]
+    results = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 4, 2, 8), (1, 2, 4), (1, 0))]
 
     def call(k, results=results):
         return jax.ffi.ffi_call("jaxext_attention_forward", results)(q, k, k, **_attention._attributes(**params))
@@ -381,7 +381,7 @@ def test_the_handler_refuses_what_it_cannot_read():
     with pytest.raises(jax.errors.JaxRuntimeError, match="jaxext attention: argument 'key' must be of query's dtype"):
         call(shaped(3, 4, 2, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"jaxext attention: argument 'out' must be .* shape"):
-        call(q, [jax.ShapeDtypeStruct((1, 4, 2, 7), "float32"), results[1]])
+        call(q, [jax.ShapeDtypeStruct((1, 4, 2, 7), "float32"), *results[1:]])
 
 
 def test_refusals_name_the_reason():
