@@ -10,7 +10,7 @@ Any other cotangent makes the logits again (Wijmans et al., "Cut Your Losses in 
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,21 +81,20 @@ class _Problem(NamedTuple):
 
 
 def _add_products(sums: jax.Array, rows: jax.Array, dlogits: jax.Array, classes_first: bool) -> jax.Array:
-    """sums + rows^T dlogits (or its transpose), some classes at a time: a product that stays in cache is added there."""
-    features, classes = rows.shape[1], dlogits.shape[1]
-    axis = 0 if classes_first else 1
-    block = min(classes, max(256, 2**20 // features // 256 * 256))
+    """sums + rows^T dlogits (or its transpose), some features at a time: the whole product would be a second `sums`."""
+    features, axis = rows.shape[1], 1 if classes_first else 0
+    block = min(features, max(128, 2**22 // dlogits.shape[1]))
 
     def add(sums: jax.Array, first: Any, count: int) -> jax.Array:
-        some = jax.lax.dynamic_slice_in_dim(dlogits, first, count, 1)
-        left, right = (some, rows) if classes_first else (rows, some)
+        some = jax.lax.dynamic_slice_in_dim(rows, first, count, 1)
+        left, right = (dlogits, some) if classes_first else (some, dlogits)
         product = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=sums.dtype)
         before = jax.lax.dynamic_slice_in_dim(sums, first, count, axis)
         return jax.lax.dynamic_update_slice_in_dim(sums, before + product, first, axis)
 
-    whole = classes // block
+    whole = features // block
     sums = jax.lax.fori_loop(0, whole, lambda i, sums: add(sums, i * block, block), sums)
-    return add(sums, whole * block, classes - whole * block) if classes % block else sums
+    return add(sums, whole * block, features % block) if features % block else sums
 
 
 def _problem(operands: Sequence[jax.Array], extras: tuple[str, ...], uniform: bool, **choices: Any) -> _Problem:
@@ -306,6 +305,17 @@ def _check(x: Any, weight: Any, labels: Any, bias: Any = None, weights: Any = No
         raise ValueError(f"{op}: argument 'bias' must have shape ({classes},), got {tuple(bias.shape)}")
 
 
+_LEAST_LOGITS = 2**21
+
+
 def linear_cross_entropy_refusal(x: Any, weight: Any, labels: Any, bias: Any = None) -> str | None:
     """None where `linear_cross_entropy` of these avals is worth its chunks, else the reason why plain JAX runs."""
-    return None
+    for name, aval in (("x", x), ("weight", weight), ("bias", bias)):
+        if aval is not None and aval.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"'{name}' is {aval.dtype}; the kernel takes float32 and bfloat16"
+    rows = math.prod(x.shape[:-1])
+    classes = math.prod(weight.shape) // max(x.shape[-1], 1)
+    if rows * classes < _LEAST_LOGITS:
+        return f"{rows} x {classes} logits are fewer than {_LEAST_LOGITS}; making them whole is as fast"
+    wide = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
+    return LABELS.refusal(wide, jax.ShapeDtypeStruct((rows,), jnp.int32), out_dtype=None)

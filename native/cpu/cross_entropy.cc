@@ -64,6 +64,16 @@ bool has_nan(const X* x, int64_t n) {
   return false;
 }
 
+template <class X>
+int64_t count_of(const X* x, int64_t n, float wanted) {
+  int64_t count = 0;
+  over_row(n, JAXEXT_BODY {
+    const vi found = part.get(x + j) == splat(wanted);
+    for (int l = 0; l < kLanes; l++) count -= found[l];
+  });
+  return count;
+}
+
 // A row's running maximum and the sum of exponentials below it.
 struct Normalizer {
   float max = kLeast, sum = 0.f;
@@ -120,8 +130,10 @@ JAXEXT_INLINE float row_loss(const CrossEntropyArgs& a, int64_t i, const X* x, c
   const float log_sum = normal.log_sum();
   float loss = y < 0 ? 0.f : log_sum + (normal.max - value(a.logits, i * a.classes + y));
   if (smooth != 0.f) return (1.f - smooth) * loss + smooth * (log_sum + (normal.max - mean));
-  // A one-hot product multiplies every log-probability, so that an infinite one gives 0 * infinity.
-  return a.one_hot && all == -kInfinity ? kNan : loss;
+  if (!a.one_hot || all != -kInfinity) return loss;
+  // A one-hot product multiplies every log-probability: an infinite one that is not the label's gives 0 * infinity.
+  const int64_t own = y >= 0 && value(a.logits, i * a.classes + y) == -kInfinity;
+  return count_of(x, a.classes, -kInfinity) > own ? kNan : loss;
 }
 
 template <class X>

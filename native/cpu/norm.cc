@@ -131,7 +131,8 @@ void add_chunks(const float* partial, int64_t chunks, int64_t stride, int64_t n,
   });
 }
 
-void add_chunks_to(NormBuffer to, const float* partial, int64_t chunks, int64_t stride, int64_t n, const Parallel& par) {
+void add_chunks_to(NormBuffer to, const float* partial, int64_t chunks, int64_t stride, int64_t n,
+                   const Parallel& par) {
   if (to.data && to.bf16) add_chunks(partial, chunks, stride, n, par, static_cast<bf16*>(to.data));
   if (to.data && !to.bf16) add_chunks(partial, chunks, stride, n, par, static_cast<float*>(to.data));
 }
@@ -211,7 +212,8 @@ struct Reader {
     bool same = dims.size() == rank - least && is_float(buffer.element_type());
     for (size_t d = least; same && d < rank; d++) same = dims[d - least] == shape[d];
     if (!same && error.success())
-      error = bad_argument(op, name, "f32 or bf16 of shape " + shape_text(shape) + (rowwise ? "" : "'s last dimension"));
+      error = bad_argument(op, name,
+                           "f32 or bf16 of shape " + shape_text(shape) + (rowwise ? "" : "'s last dimension"));
     return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
   }
 
@@ -236,7 +238,9 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   if (!first.has_value() || first->dimensions().size() < 1) return bad_argument(op, "x", "an array of rank 1 or more");
   Reader reader{op, first->dimensions()};
   size_t arg = 0, ret = 0;
-  auto in = [&](const char* name, bool rowwise) { return reader.read(*args.get<ffi::AnyBuffer>(arg++), name, rowwise); };
+  auto in = [&](const char* name, bool rowwise) {
+    return reader.read(*args.get<ffi::AnyBuffer>(arg++), name, rowwise);
+  };
   auto out = [&](const char* name) { return reader.read(**rets.get<ffi::AnyBuffer>(ret++), name, true); };
   NormForwardArgs a{};
   a.x = in("x", true);
@@ -275,7 +279,9 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   if (!first.has_value() || first->dimensions().size() < 1) return bad_argument(op, "x", "an array of rank 1 or more");
   Reader reader{op, first->dimensions()};
   size_t arg = 0, ret = 0;
-  auto in = [&](const char* name, bool rowwise) { return reader.read(*args.get<ffi::AnyBuffer>(arg++), name, rowwise); };
+  auto in = [&](const char* name, bool rowwise) {
+    return reader.read(*args.get<ffi::AnyBuffer>(arg++), name, rowwise);
+  };
   auto out = [&](const char* name, bool rowwise) {
     return reader.read(**rets.get<ffi::AnyBuffer>(ret++), name, rowwise);
   };
