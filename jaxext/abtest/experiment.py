@@ -73,7 +73,8 @@ class Clock:
 
     def tick(self) -> None:
         spent = self.spent()
-        self._watcher.expect(spent, max(self._planned, spent))
+        # An estimate that was too short must not look like the end.
+        self._watcher.expect(spent, max(self._planned, 1.05 * spent + 1.0))
 
 
 class Experiment:
@@ -131,7 +132,7 @@ class Experiment:
         # Measured twice, because a peak is what the machine reaches when nothing else runs.
         peaks = {kind: max(rate, peaks[kind]) for kind, rate in hosts["candidate"].peaks(0.2).items()}
         sides = {name: self._side_result(name, seconds[name], peaks) for name in ("reference", "candidate")}
-        self._phase("done")
+        self._phase("finishing")
         return Result(
             name=self._name,
             reference=sides["reference"],
@@ -294,6 +295,7 @@ class Experiment:
             if self._clock.left() < self._contribution_seconds(inner):
                 rows.append(Row(kernel, None, note="not measured: the time budget was spent"))
                 continue
+            self._clock.plan(min(waiting * self._contribution_seconds(inner), self._clock.left()))
             self._phase(f"without {kernel}")
             until = time.monotonic() + self._clock.left() / waiting
             rows.append(contributions.measure(self, kernel, inner, until))

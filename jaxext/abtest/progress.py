@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from jaxext.abtest.experiment import Watcher
 
@@ -19,12 +19,11 @@ class ProgressBar(Watcher):
             TextColumn("{task.description}"),
             BarColumn(bar_width=32),
             TimeElapsedColumn(),
-            TextColumn("left about"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("starting", total=None)
+        self._task = self._progress.add_task("starting", total=None, left="")
         self._console = console
         self._last = ""
 
@@ -45,4 +44,5 @@ class ProgressBar(Watcher):
             self._console.print(f"{self._last} ...", highlight=False)
 
     def expect(self, done: float, total: float) -> None:
-        self._progress.update(self._task, completed=done, total=total)
+        minutes, seconds = divmod(int(total - done) + 1, 60)
+        self._progress.update(self._task, completed=done, total=total, left=f"about {minutes}:{seconds:02} left")

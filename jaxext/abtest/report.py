@@ -80,8 +80,9 @@ def evidence(result: AnyResult) -> list[str]:
         steps = parity.leaf_steps
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         worst = parity.leaves[0]
+        noun = "leaf" if len(parity.leaves) == 1 else "leaves"
         lines.append(
-            f"{len(parity.leaves)} leaves after {span}: the worst, {worst.name}, uses "
+            f"{len(parity.leaves)} {noun} after {span}: the worst, {worst.name}, uses "
             f"{100 * min(worst.fraction, 1e6):.0f}% of its bound"
         )
     return lines
@@ -100,8 +101,8 @@ def _panel(result: AnyResult) -> Panel:
     return Panel(text, title=f"jaxext ab  {result.name}", border_style=style, padding=(0, 1))
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(columns: Iterable[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
@@ -160,14 +161,14 @@ def _program_rows(result: ProgramResult) -> list[tuple[str, str, str, str]]:
 
 
 def _sides(result: AnyResult) -> Table:
-    table = _table("Side by side", ("", result.reference.label, result.candidate.label, "times less"))
+    table = _table(("", result.reference.label, result.candidate.label, "times less"))
     for row in side_rows(result):
         table.add_row(*row)
     return table
 
 
-def _rows(title: str, headers: tuple[str, str, str], rows: list[Row]) -> Table:
-    table = _table(title, (*headers, "ratio", "95% interval"))
+def _rows(headers: tuple[str, str, str], rows: list[Row]) -> Table:
+    table = _table((*headers, "ratio", "95% interval"))
     for row in rows:
         if row.ratio is None:
             table.add_row(row.name, "", "", "", Text(row.note, style="dim"))
@@ -215,7 +216,7 @@ def setting_lines(result: AnyResult) -> list[str]:
 def render(result: Outcome) -> RenderableType:
     """Everything a terminal shows."""
     assert isinstance(result, AnyResult)
-    parts: list[RenderableType] = [_panel(result), _sides(result)]
+    parts: list[RenderableType] = [_panel(result), Text("Side by side", style="bold"), _sides(result)]
     if isinstance(result, Result):
         parts += _step_parts(result)
     parts.append(Text("Settings", style="bold"))
@@ -226,11 +227,11 @@ def render(result: Outcome) -> RenderableType:
 def _step_parts(result: Result) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if result.contributions:
-        title = "What each kernel brings (they overlap: ratios do not multiply)"
-        parts.append(_rows(title, ("left out", "step without", "step with"), result.contributions))
+        parts.append(Text("What each kernel brings (they overlap: ratios do not multiply)", style="bold"))
+        parts.append(_rows(("left out", "step without", "step with"), result.contributions))
     if result.memory:
-        title = "What memory reuse brings (processes of their own)"
-        parts.append(_rows(title, ("", "before", "after"), result.memory))
+        parts.append(Text("What memory reuse brings (processes of their own)", style="bold"))
+        parts.append(_rows(("", "before", "after"), result.memory))
     parts.append(Text("Replacements", style="bold"))
     parts += [Text(f"  {line}", overflow="fold") for line in replacement_lines(result.replacements)]
     return [*parts, Text("")]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 EXIT_DISAGREES = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """\
 Run a train step on jaxext and on stock JAX, side by side, and say how much faster it is and whether it computes the
@@ -83,6 +84,9 @@ def main(args: argparse.Namespace) -> int:
     except (TargetError, ChartsUnavailable, ValueError) as error:
         errors.print(f"jaxext ab: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("jaxext ab: interrupted, nothing was written", style="red")
+        return EXIT_INTERRUPTED
     except (StepError, ProgramError) as error:
         errors.print(f"jaxext ab: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_DISAGREES if error.kernels else EXIT_BAD_INPUT
