@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from jaxext import _swap
 
 if TYPE_CHECKING:
-    from jax import *  # noqa: F403  (editors complete JAX's names under `import jaxext as jax`)
+    # Editors complete JAX's names under `import jaxext as jax`.
+    from jax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
     from jaxext import kernels as kernels
     from jaxext._accelerate import accelerate as accelerate
