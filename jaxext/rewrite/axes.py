@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .facts import ALIASES, CAST, LAYOUT, Facts, casts_floats, resolve, source, widens
+from .facts import ALIASES, CAST, LAYOUT, Facts, casts_floats, resolve, source
 from .match import NoMatch
 from .trace import Node, Value
 

@@ -71,7 +71,7 @@ def primitive(value: Value) -> str:
 
 
 def is_float(value: Value) -> bool:
-    return jax.dtypes.issubdtype(value.dtype, np.floating)
+    return jax.numpy.issubdtype(value.dtype, np.floating)
 
 
 def widens(node: Node) -> bool:
@@ -129,8 +129,7 @@ class Facts:
         if value.const is not None:
             result = _uniform(value.const)
         elif value.node is None or depth == 0:
-            origin = getattr(value, "origin", None)
-            result = self._scalar(origin, depth - 1) if origin is not None and depth else None
+            result = self._scalar(value.origin, depth - 1) if value.origin is not None and depth else None
         else:
             result = self._fold(value, value.node, depth - 1)
         if depth > _SCALAR_DEPTH // 2 or result is not None:
@@ -212,7 +211,7 @@ def _equal_constants(a: Any, b: Any) -> bool:
 
 
 def _numpy(const: Any) -> np.ndarray | None:
-    if jax.dtypes.issubdtype(jax.typeof(const).dtype, jax.dtypes.extended):
+    if jax.numpy.issubdtype(jax.typeof(const).dtype, jax.dtypes.extended):
         return None
     if isinstance(const, jax.Array) and not const.is_fully_addressable:
         return None
@@ -222,7 +221,7 @@ def _numpy(const: Any) -> np.ndarray | None:
 def constant(value: Value) -> np.ndarray | None:
     """The concrete array of a constant, None for everything else."""
     value = resolve(value)
-    while value.const is None and value.node is None and getattr(value, "origin", None) is not None:
+    while value.const is None and value.node is None and value.origin is not None:
         value = resolve(value.origin)
     return None if value.const is None else _numpy(value.const)
 

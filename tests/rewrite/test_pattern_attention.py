@@ -6,13 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxext
 import numpy as np
 import pytest
 from agreement import assert_agrees, assert_matched, assert_missed, normals, report_of
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
+
+import jaxext
 
 B, H, T, D = 2, 4, 8, 16
 SCALE = D**-0.5
@@ -122,9 +123,9 @@ def test_a_causal_mask_becomes_a_band(spelling):
 
 
 UNMASKED = {
-    "late division": lambda q, k, v: (
-        lambda e: weighted(e, v) / jnp.sum(e, -1, keepdims=True)
-    )(jnp.exp(product(q, k) * SCALE - lax.stop_gradient(jnp.max(product(q, k) * SCALE, -1, keepdims=True)))),
+    "late division": lambda q, k, v: (lambda e: weighted(e, v) / jnp.sum(e, -1, keepdims=True))(
+        jnp.exp(product(q, k) * SCALE - lax.stop_gradient(jnp.max(product(q, k) * SCALE, -1, keepdims=True)))
+    ),
     "exp of scores less logsumexp": lambda q, k, v: weighted(
         jnp.exp(product(q, k) - jax.nn.logsumexp(product(q, k), -1, keepdims=True)), v
     ),
@@ -139,7 +140,9 @@ UNMASKED = {
         *jnp.split(jnp.concatenate([q, k, v], -1), 3, -1)
     ),
     "constant added": lambda q, k, v: weighted(softmax(product(q, k) * SCALE + 3.0), v),
-    "per-head temperature": lambda q, k, v: weighted(softmax(product(q, k) * jnp.linspace(0.1, 0.4, H)[:, None, None]), v),
+    "per-head temperature": lambda q, k, v: weighted(
+        softmax(product(q, k) * jnp.linspace(0.1, 0.4, H)[:, None, None]), v
+    ),
 }
 
 
@@ -245,7 +248,10 @@ LIBRARY = {
 def test_options_of_jax_nn_dot_product_attention(name):
     options, detail = LIBRARY[name]
     assert_matched(
-        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options), *heads_last(), kernel="attention", detail=detail
+        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options),
+        *heads_last(),
+        kernel="attention",
+        detail=detail,
     )
 
 
@@ -298,7 +304,10 @@ def test_a_row_that_sees_nothing_is_nan_or_zero_as_in_stock_jax():
         kernel="attention",
     )
     assert_matched(
-        lambda q, k, v, m: weighted(jax.nn.softmax(product(q, k) * SCALE, where=m), v), *arrays, mask, kernel="attention"
+        lambda q, k, v, m: weighted(jax.nn.softmax(product(q, k) * SCALE, where=m), v),
+        *arrays,
+        mask,
+        kernel="attention",
     )
     with_nan = jax.jit(lambda q, k, v: weighted(softmax(jnp.where(mask, product(q, k), -jnp.inf)), v))
     assert np.isnan(np.asarray(jaxext.accelerate(with_nan)(*arrays))[:, :, :2]).all()
@@ -356,7 +365,9 @@ def through_cond(q, k, v):
 
 
 def through_vmap(q, k, v):
-    return jax.vmap(functools.partial(masked, mask=CAUSAL), in_axes=1, out_axes=1)(q[:, :, None], k[:, :, None], v[:, :, None])
+    return jax.vmap(functools.partial(masked, mask=CAUSAL), in_axes=1, out_axes=1)(
+        q[:, :, None], k[:, :, None], v[:, :, None]
+    )
 
 
 def through_shard_map(q, k, v):

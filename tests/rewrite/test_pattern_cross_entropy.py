@@ -37,7 +37,9 @@ INTEGER = {
     "one-hot sum": lambda z: -jnp.sum(ONE_HOT(LABELS, V) * jax.nn.log_softmax(z), -1),
     "sum of everything": lambda z: -jnp.sum(jax.nn.log_softmax(z) * ONE_HOT(LABELS, V)) / LABELS.size,
     "einsum": lambda z: -jnp.einsum("btv,btv->bt", ONE_HOT(LABELS, V), jax.nn.log_softmax(z)),
-    "comparison": lambda z: -jnp.sum(jnp.where(LABELS[..., None] == jnp.arange(V), 1.0, 0.0) * jax.nn.log_softmax(z), -1),
+    "comparison": lambda z: (
+        -jnp.sum(jnp.where(LABELS[..., None] == jnp.arange(V), 1.0, 0.0) * jax.nn.log_softmax(z), -1)
+    ),
     "weights inside": lambda z: -(ONE_HOT(LABELS, V) * jax.nn.log_softmax(z) * (LABELS > 5)[..., None]).sum((-1, -2)),
     "weights outside": lambda z: (optax.softmax_cross_entropy_with_integer_labels(z, LABELS) * (LABELS > 5)).sum(),
     "in remat": lambda z: jax.checkpoint(optax.softmax_cross_entropy_with_integer_labels)(z, LABELS),
@@ -103,6 +105,11 @@ def arrays():
     return normals(4, (B, T, F), (F, V), (V,))
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    monkeypatch.setattr("jaxext.kernels._linear_cross_entropy._LEAST_LOGITS", 0)
+
+
 LINEAR = {
     "product": lambda x, w, b: optax.softmax_cross_entropy_with_integer_labels(x @ w, LABELS).mean(),
     "tied embedding": lambda x, w, b: -of_label(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", x, w.T))).mean(),
@@ -111,11 +118,11 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_logits_used_once_are_not_made(name):
+def test_logits_used_once_are_not_made(name, any_size):
     assert_matched(LINEAR[name], *arrays(), kernel="linear_cross_entropy", detail=f"classes={V}, labels")
 
 
-def test_a_bias_belongs_to_the_linear_layer():
+def test_a_bias_belongs_to_the_linear_layer(any_size):
     assert_matched(
         lambda x, w, b: optax.softmax_cross_entropy_with_integer_labels(x @ w + b, LABELS).mean(),
         *arrays(),
@@ -129,12 +136,20 @@ def test_a_bias_belongs_to_the_linear_layer():
     [lambda z: (z.argmax(-1) == LABELS).mean(), lambda z: z, lambda z: jnp.exp(z).sum()],
     ids=["accuracy", "returned", "other loss"],
 )
-def test_logits_used_elsewhere_are_made(use):
+def test_logits_used_elsewhere_are_made(use, any_size):
     def loss(x, w, b):
         z = x @ w + b
         return optax.softmax_cross_entropy_with_integer_labels(z, LABELS).mean(), use(z)
 
     assert_matched(loss, *arrays(), kernel="softmax_cross_entropy", detail=f"classes={V}, labels")
+
+
+def test_logits_too_few_to_matter_are_made_and_the_reason_is_told():
+    report = report_of(LINEAR["product"], *arrays())
+    assert report.kernels() == {"softmax_cross_entropy"}
+    (entry,) = report.fallbacks
+    assert entry.kernel == "linear_cross_entropy"
+    assert "logits are fewer than" in entry.reason
 
 
 # ---------------------------------------------------------------- near misses

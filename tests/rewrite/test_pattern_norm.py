@@ -40,7 +40,9 @@ LAYER_NORMS = {
         jax.vmap(lambda y: (y - y.mean()) * lax.rsqrt(y.var() + 1e-5) * s + b)
     )(x),
     "linen": lambda x, s, b: linen(nn.LayerNorm(epsilon=1e-5), x, scale=s, bias=b),
-    "linen, slow variance": lambda x, s, b: linen(nn.LayerNorm(epsilon=1e-5, use_fast_variance=False), x, scale=s, bias=b),
+    "linen, slow variance": lambda x, s, b: linen(
+        nn.LayerNorm(epsilon=1e-5, use_fast_variance=False), x, scale=s, bias=b
+    ),
     "linen under vmap": lambda x, s, b: jax.vmap(lambda y: linen(nn.LayerNorm(epsilon=1e-5), y, scale=s, bias=b))(x),
     "in remat": lambda x, s, b: jax.checkpoint(lambda x: (x - mean(x)) / jnp.sqrt(var(x) + 1e-5) * s + b)(x),
     "in scan": lambda x, s, b: lax.scan(
@@ -71,9 +73,7 @@ def test_spellings_of_rms_norm(name):
 
 def test_without_scale_and_bias():
     x, _, _ = arguments()
-    assert_matched(
-        lambda x: (x - mean(x)) / jnp.sqrt(var(x) + 1e-5), x, kernel="layer_norm", detail="epsilon=1e-05"
-    )
+    assert_matched(lambda x: (x - mean(x)) / jnp.sqrt(var(x) + 1e-5), x, kernel="layer_norm", detail="epsilon=1e-05")
     assert_matched(lambda x: x * lax.rsqrt(mean(x * x) + 1e-5), x, kernel="rms_norm", detail="epsilon=1e-05")
 
 
@@ -93,7 +93,10 @@ def test_numbers_fold_into_scale_and_epsilon():
     }
     for spelling in spellings.values():
         assert_matched(spelling, x, s, b, kernel="rms_norm")
-    unbiased = lambda x, s, b: (x - mean(x)) / jnp.sqrt(var(x, ddof=1) + 1e-5) * s + b
+
+    def unbiased(x, s, b):
+        return (x - mean(x)) / jnp.sqrt(var(x, ddof=1) + 1e-5) * s + b
+
     assert_matched(unbiased, x, s, b, kernel="layer_norm")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 from ...kernels._attention import attention_refusal
 from ..axes import Axis, Splits, View, climb, contract, label, never, operand, operands, up
@@ -18,7 +17,7 @@ from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Node, Value
 from .attention_call import Plan, operand_types, plan
 from .attention_scores import scores
-from .softmax import Softmax, _quotients, exponential, normalised, predicate, softmax
+from .softmax import Softmax, exponential, normalised, predicate, quotients, softmax
 
 
 @dataclasses.dataclass
@@ -81,7 +80,7 @@ def _normalised_first(facts: Facts, view: View, node: Node, splits: Splits) -> t
 
 def _normalised_last(facts: Facts, view: View, node: Node) -> tuple[Probabilities, View]:
     """(exp(scores) . value) / sum(exp(scores))."""
-    for product, denominator in _quotients(facts, node, view):
+    for product, denominator in quotients(facts, node, view):
         product = climb(product)
         dot = source(product.value)
         if dot is None or dot.primitive != "dot_general":

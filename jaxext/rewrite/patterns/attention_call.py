@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels._attention import attention_op
-from ..axes import Axis, Dims, Splits, View, arrange, climb, refine
+from ..axes import Axis, Dims, Splits, View, arrange, refine
 from ..facts import Facts
 from ..match import NoMatch
 from ..trace import Value
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Fill = Literal["uniform", "nan"] | None
 # A mask this much below another one wins wherever both hide a key.
 _DOMINATES = 8.0
+# Below this, the kernel's backward pass cannot tell a row's scores from their logarithmic sum in single precision.
+_COARSE = -1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +276,8 @@ def _separate(
         raise NoMatch("two masks of different fill values can hide a row together", near=True)
     if len(added) == 1 and (added_only(added[0]) or chosen):
         fills = [mask.fill for mask in chosen]
-        if added[0].bias is not None and all(fill <= _DOMINATES * added[0].fill for fill in fills):
+        fine = added[0].fill >= _COARSE
+        if fine and added[0].bias is not None and all(fill <= _DOMINATES * added[0].fill for fill in fills):
             return chosen, [(added[0].bias, added[0].factor)]
     if len(masks) > 1 and added:
         raise NoMatch("two masks that are added to the scores can hide a row together", near=True)
@@ -363,7 +366,7 @@ def _fill(
     zero_rows: bool,
 ) -> Fill:
     """What stock JAX makes of a row whose keys are all hidden."""
-    if zero_rows or all(isinstance(c, Band) for c in combined) and _every_row_sees(band, roles):
+    if zero_rows or (all(isinstance(c, Band) for c in combined) and _every_row_sees(band, roles)):
         return None
     found = probabilities.softmax
     fills = {mask.fill for mask in masks}

@@ -104,12 +104,22 @@ class Call:
             weight,
             given,
             bias,
+            weights=self.weights(arrays),
             classes_first=self.classes_first,
             label_smoothing=found.labels.smoothing,
             out_of_range=out_of_range,
             out_dtype=found.root.value.dtype,
+            uniform=any(axis not in found.root.axes for axis in found.rows),
         )
-        return (finished(found, loss, arrays[len(arrays) - len(found.weights) :]),)
+        return (finished(dataclasses.replace(found, weights=()), loss, ()),)
+
+    def weights(self, arrays: tuple[Any, ...]) -> Any:
+        """The product of the weights, [rows…]: given to the kernel they leave every row the same cotangent."""
+        found, product = self.found, None
+        for array, view in zip(arrays[len(arrays) - len(found.weights) :], found.weights):
+            factor = arrange(array, view.dims, [(axis,) for axis in found.rows])
+            product = factor if product is None else product * factor
+        return None if product is None else jnp.broadcast_to(product, [axis.size for axis in found.rows])
 
     def refusal(self) -> str | None:
         found, linear = self.found, self.linear

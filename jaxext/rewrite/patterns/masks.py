@@ -1,8 +1,8 @@
 """What an attention mask says, read off the expression or the array that it is.
 
-A mask is a condition over query rows, keys and batch dimensions. `conditions` splits it into what the kernel takes as an
-attribute (a band: low <= key - row <= high), what it takes as two vectors (equal segment ids) and the arrays that are
-left. A mask made from `iota`, or a constant array that is a band, costs the kernel nothing.
+A mask is a condition over query rows, keys and batch dimensions. `conditions` splits it into what the kernel takes as
+an attribute (a band: low <= key - row <= high), what it takes as two vectors (equal segment ids) and the arrays that
+are left. A mask made from `iota`, or a constant array that is a band, costs the kernel nothing.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _split(facts: Facts, part: Slice, wanted: bool) -> tuple[Condition, ...] | N
     value = resolve(part.value)
     node = value.node
     if node is None:
-        origin = getattr(value, "origin", None)
+        origin = value.origin
         return None if origin is None else _from_outside(facts, part, origin, wanted)
     above = step(facts, part)
     if above is not None:
@@ -147,8 +147,8 @@ def _split(facts: Facts, part: Slice, wanted: bool) -> tuple[Condition, ...] | N
 
 def _all(facts: Facts, operands: Iterable[Slice], wanted: bool) -> tuple[Condition, ...] | None:
     found: list[Condition] = []
-    for operand in operands:
-        more = _conditions(facts, operand, wanted)
+    for part in operands:
+        more = _conditions(facts, part, wanted)
         if more is None:
             return None
         found += more
@@ -395,7 +395,7 @@ def affine(facts: Facts, part: Slice) -> Affine | None:
         return _affine_constant(part, known)
     node = source(part.value)
     if node is None:
-        origin = getattr(resolve(part.value), "origin", None)
+        origin = resolve(part.value).origin
         return None if origin is None else affine(facts, Slice(origin, part.places))
     if node.primitive == "iota":
         return _placed(part.places[node.params["dimension"]])
@@ -490,7 +490,7 @@ def _is_indicator(facts: Facts, value: Value, depth: int = 8) -> bool:
         return known.dtype.kind in "fiub" and bool(((known == 0) | (known == 1)).all())
     node = source(value)
     if node is None or depth == 0:
-        origin = getattr(resolve(value), "origin", None)
+        origin = resolve(value).origin
         return origin is not None and depth > 0 and _is_indicator(facts, origin, depth - 1)
     name = node.primitive
     if name in LAYOUT or name in ALIASES or name in (CAST, "slice", "dynamic_slice", "rev"):
@@ -513,7 +513,7 @@ def additive(facts: Facts, view: View) -> tuple[tuple[Condition, ...], float] | 
         return conditions(facts, view, wanted=False), float(fills[0] or fills[1])
     node = source(view.value)
     if node is None:
-        origin = getattr(resolve(view.value), "origin", None)
+        origin = resolve(view.value).origin
         found = None if origin is None else additive(facts, View(origin, view.dims))
         return found if found is not None and all(isinstance(c, Band) for c in found[0]) else None
     if node.primitive == "mul":

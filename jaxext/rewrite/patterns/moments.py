@@ -196,11 +196,11 @@ def _of_products(facts: Facts, view: View, feature: Axis) -> Moment | None:
     left, right, contracted = contract(view, node)
     if len(contracted) != 1 or contracted[0].size != feature.size:
         return None
-    renamed = [_renamed(side, contracted[0], feature) for side in (left, right)]
-    if not same_view(facts, *renamed):
+    x, other = (_renamed(side, contracted[0], feature) for side in (left, right))
+    if not same_view(facts, x, other):
         return None
-    inner = centred(facts, renamed[0])
-    x = renamed[0] if inner is None else inner
+    inner = centred(facts, x)
+    x = x if inner is None else inner
     return Moment(x, inner is not None, factor, 0.0)
 
 

@@ -8,14 +8,16 @@ that the many ways to write the product are one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ...kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
-from ..axes import Axis, View, climb, label, operands, same_view, shrink
+from ..axes import Axis, View, label, operands, same_view, shrink
 from ..facts import CAST, Facts, casts_floats, is_float, source, users
 from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Node, Value
@@ -163,7 +165,7 @@ def _may_open(graph: Graph, below: View, view: View, node: Node) -> bool:
     Statistics may be used anywhere: they are small. A whole array that is used elsewhere is left to be a root itself.
     """
     whole = len(view.axes) >= 2 and math.prod(view.value.shape) == math.prod(below.value.shape) > 1
-    return not whole or len(users(graph, view.value)) <= 1 and not graph.escapes(view.value)
+    return not whole or (len(users(graph, view.value)) <= 1 and not graph.escapes(view.value))
 
 
 def _read(facts: Facts, view: View, feature: Axis, product: Product, bias: View | None) -> Norm:
@@ -239,7 +241,7 @@ class Call:
         given: dict[str, Any] = {"residual": rest.pop(0) if self.has_residual else None}
         vectors = [array.reshape(-1) for array in rest]
         scales, bias = vectors[: self.n_scales], vectors[self.n_scales :]
-        given["scale"] = math.prod(scales[1:], start=scales[0]) if scales else None
+        given["scale"] = functools.reduce(operator.mul, scales) if scales else None
         if self.is_centred:
             given["bias"] = bias[0] if self.has_bias else None
         if abs(self.number - 1.0) > _ONE:

@@ -40,9 +40,7 @@ def softmax(facts: Facts, view: View) -> Softmax:
         scores, axis, shift = log_softmax(facts, operand(node.inputs[0], view))
         empty: Empty = "uniform" if shift == "maximum" else "unknown"
         return Softmax(scores, axis, empty, finite_maximum=False, epsilon=False)
-    for numerator, denominator in _quotients(facts, node, view):
-        if source(_without_mask(facts, climb(numerator))[0].value) is None:
-            continue
+    for numerator, denominator in quotients(facts, node, view):
         exponential, masks = _without_mask(facts, climb(numerator))
         if (exp := source(exponential.value)) is None or exp.primitive != "exp":
             continue
@@ -78,7 +76,7 @@ def normalised(
     return Softmax(scores, axis, empty, shift == "finite maximum", epsilon > 0, masks)
 
 
-def _quotients(facts: Facts, node: Node, view: View) -> list[tuple[View, View]]:
+def quotients(facts: Facts, node: Node, view: View) -> list[tuple[View, View]]:
     left, right = operands(view)
     if node.primitive == "div":
         return [(left, right)]
