@@ -128,7 +128,9 @@ def _logits_and_labels(*shape: int, low: int = 0, high: int | None = None, maske
     return make
 
 
-def _labels_spec(name: str, make: Any, smoothing: float = 0.0, out_of_range: OutOfRange = "nan", **params: Any) -> ArgSpec:
+def _labels_spec(
+    name: str, make: Any, smoothing: float = 0.0, out_of_range: OutOfRange = "nan", **params: Any
+) -> ArgSpec:
     every = {"label_smoothing": smoothing, "out_of_range": out_of_range, "out_dtype": None, **params}
     return ArgSpec(name, make, every)
 

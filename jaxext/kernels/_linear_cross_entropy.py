@@ -172,12 +172,13 @@ def _backward(*xs: jax.Array, wrt: tuple[int, ...], **params: Any) -> tuple[jax.
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, labels, normalizer, g = (v[i] for v in split)
-        added, dx = problem.add_gradients(sums[1:], x, labels, problem.logits(x), normalizer, g)
+        added, dx = problem.add_gradients((sums[1], sums[2]), x, labels, problem.logits(x), normalizer, g)
         return jax.lax.dynamic_update_index_in_dim(sums[0], dx, i, 0), *added
 
     # A loop of no turns, not a branch: it works in place, a branch would copy the gradients.
     dx, dweight, dbias = jax.lax.fori_loop(0, jnp.where(same, 0, n), step, sums)
-    grads = {"x": _join(dx, rows).reshape(operands[0].shape), "weight": dweight, "bias": dbias, "weights": xs[-1] * losses}
+    dx = _join(dx, rows).reshape(operands[0].shape)
+    grads = {"x": dx, "weight": dweight, "bias": dbias, "weights": xs[-1] * losses}
     names = ("x", "weight", "labels", *extras)
     return tuple(grads[names[i]].astype(operands[i].dtype) for i in wrt)
 
@@ -298,8 +299,8 @@ def _check(x: Any, weight: Any, labels: Any, bias: Any = None, weights: Any = No
     for name, value in (("labels", labels), ("weights", weights)):
         if value is not None and value.shape != x.shape[:-1]:
             raise ValueError(
-                f"{op}: argument '{name}' must have shape {tuple(x.shape[:-1])} to fit x of shape {tuple(x.shape)}, got "
-                f"{tuple(value.shape)}"
+                f"{op}: argument '{name}' must have shape {tuple(x.shape[:-1])} to fit x of shape {tuple(x.shape)}, "
+                f"got {tuple(value.shape)}"
             )
     if bias is not None and bias.shape != (classes,):
         raise ValueError(f"{op}: argument 'bias' must have shape ({classes},), got {tuple(bias.shape)}")

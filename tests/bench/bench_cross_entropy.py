@@ -1,6 +1,6 @@
 """Cross-entropy, and linear + cross-entropy, against stock JAX: time, and temporary memory of the compiled program.
 
-    python tests/bench/bench_cross_entropy.py [cross_entropy | linear]
+python tests/bench/bench_cross_entropy.py [cross_entropy | linear]
 """
 
 import sys
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from jaxext import kernels
 
 CROSS_ENTROPY = ((2048, 32000), (512, 50257), (4096, 1000), (128, 10), (8, 32000), (1024, 256))

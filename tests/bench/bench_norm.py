@@ -7,11 +7,13 @@ move (forward: x and the result; backward: also the cotangent and dx) amount to.
 """
 
 import sys
+from functools import partial
 
 import interleaved  # first: memory reuse precedes JAX's threads
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxext import kernels
 
 SHAPES = ((8192, 1024), (1024, 768), (2048, 768), (256, 256), (32, 64), (4096, 64), (65536, 16))
@@ -87,7 +89,7 @@ def main(shapes):
             for name, (stock, native) in NORMS.items():
                 for case, (wrap, passes) in CASES.items():
                     f, h = jax.jit(wrap(stock)), jax.jit(wrap(native))
-                    t = interleaved.medians({"stock": lambda: f(x, r, s, b, g), "jaxext": lambda: h(x, r, s, b, g)})
+                    t = interleaved.medians({k: partial(fn, x, r, s, b, g) for k, fn in (("stock", f), ("jaxext", h))})
                     share = passes * x.nbytes / t["jaxext"] / copy
                     print(
                         f"{rows}x{features} {dtype.__name__:8} {name:10} {case:32} {t['stock'] * 1e3:8.3f} "

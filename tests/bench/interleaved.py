@@ -4,9 +4,9 @@ import os
 import statistics
 import time
 
-from jaxext import _native
+from jaxext import _memory, _native
 
-MEMORY = _native.memory_reuse()  # before JAX starts its threads: later it does nothing
+MEMORY = _memory.apply("reuse")  # before JAX starts its threads: later it does nothing
 
 import jax  # noqa: E402
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from jaxext.kernels import softmax_cross_entropy, softmax_cross_entropy_refusal
 from jaxext.kernels._op import native_status
 
@@ -133,8 +134,8 @@ def test_the_gradient_takes_two_calls():
         (
             lambda: softmax_cross_entropy(jnp.ones((3, 4)), jnp.zeros((4,), int)),
             ValueError,
-            "argument 'labels' must have shape (3,) (integer classes) or (3, 4) (floating-point targets) to fit logits of "
-            "shape (3, 4), got int32 of shape (4,)",
+            "argument 'labels' must have shape (3,) (integer classes) or (3, 4) (floating-point targets) to fit "
+            "logits of shape (3, 4), got int32 of shape (4,)",
         ),
         (
             lambda: softmax_cross_entropy(jnp.ones((3, 4)), jnp.zeros(3)),

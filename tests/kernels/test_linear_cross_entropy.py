@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from jaxext.kernels import linear_cross_entropy, linear_cross_entropy_refusal
 from jaxext.kernels._op import native_status
 
@@ -138,9 +139,13 @@ def test_temporaries_are_an_eighth_of_the_logits_and_their_gradient():
 @pytest.mark.parametrize(
     ("change", "error_type", "text"),
     [
-        ({"weight": jnp.ones((5, 7))}, ValueError, "argument 'weight' must have shape [features, classes] with features = 4"),
-        ({"weight": jnp.ones(4)}, ValueError, "arguments 'x' and 'weight' must have ranks >= 1 and 2, got shapes (3, 4)"),
-        ({"labels": jnp.zeros(3)}, TypeError, "argument 'labels' must be integer classes, got float32; for target distr"),
+        (
+            {"weight": jnp.ones((5, 7))},
+            ValueError,
+            "argument 'weight' must have shape [features, classes] with features",
+        ),
+        ({"weight": jnp.ones(4)}, ValueError, "arguments 'x' and 'weight' must have ranks >= 1 and 2, got shapes"),
+        ({"labels": jnp.zeros(3)}, TypeError, "argument 'labels' must be integer classes, got float32; for target"),
         ({"labels": jnp.zeros(4, int)}, ValueError, "argument 'labels' must have shape (3,) to fit x of shape (3, 4)"),
         ({"bias": jnp.ones(6)}, ValueError, "argument 'bias' must have shape (7,), got (6,)"),
         ({"weights": jnp.ones(2)}, ValueError, "argument 'weights' must have shape (3,) to fit x of shape (3, 4)"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxext.kernels import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from jaxext.kernels._op import native_status
 
@@ -128,8 +129,8 @@ def test_out_dtype_rounds_once():
             ValueError,
             "argument 'scale' must have shape (4,) to fit x of shape (3, 4), got (5,); broadcast or reshape it first",
         ),
-        (lambda: layer_norm(jnp.ones((3, 4)), None, jnp.ones((1, 4))), ValueError, "argument 'bias' must have shape (4,)"),
-        (lambda: rms_norm(jnp.ones((3, 4)), residual=jnp.ones(4)), ValueError, "argument 'residual' must have shape (3, 4)"),
+        (lambda: layer_norm(jnp.ones((3, 4)), None, jnp.ones((1, 4))), ValueError, "'bias' must have shape (4,)"),
+        (lambda: rms_norm(jnp.ones((3, 4)), residual=jnp.ones(4)), ValueError, "'residual' must have shape (3, 4)"),
         (lambda: rms_norm(jnp.ones((3, 4)), jnp.ones(4, int)), TypeError, "argument 'scale' must be floating point"),
     ],
 )
