@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -17,9 +16,6 @@ namespace v3 { void peak_work(const PeakArgs&, const Parallel&); }
 namespace v4 { void peak_work(const PeakArgs&, const Parallel&); }
 namespace v4bf16 { void peak_work(const PeakArgs&, const Parallel&); }
 }  // namespace jaxext
-#endif
-#if defined(__GLIBC__)
-#include <malloc.h>
 #endif
 
 namespace jaxext {
@@ -109,24 +105,6 @@ std::vector<std::string> cpu_features() {
 #undef JAXEXT_FEATURE
 #endif
   return names;
-}
-
-std::string memory_reuse() {
-#if defined(__GLIBC__)
-  // One arena: XLA's threads would otherwise sit in 64 MiB heaps that cannot hold a large buffer.
-  bool ok = mallopt(M_MMAP_MAX, 0) && mallopt(M_TRIM_THRESHOLD, INT_MAX) && mallopt(M_ARENA_MAX, 1);
-  return ok ? "" : "glibc refused the memory options";
-#else
-  return "the C library is not glibc";
-#endif
-}
-
-bool memory_release() {
-#if defined(__GLIBC__)
-  return malloc_trim(0);
-#else
-  return false;
-#endif
 }
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// The machine: instruction sets compiled and chosen, and the allocator's memory reuse.
+// The machine: instruction sets compiled and chosen.
 #pragma once
 #include <string>
 #include <vector>
@@ -15,10 +15,5 @@ struct IsaChoice {
 std::vector<std::string> compiled_isas();
 std::vector<std::string> cpu_features();
 const IsaChoice& isa_choice();
-
-// Tells glibc to keep and reuse large freed buffers; "" on success, else why it could not.
-std::string memory_reuse();
-// Gives memory that is free inside the allocator back to the system; true when some was.
-bool memory_release();
 
 }  // namespace jaxext

@@ -54,6 +54,4 @@ NB_MODULE(_native, m) {
         "The XLA FFI version this module was built against.");
   m.def("measure_peak", &measure_peak_of, nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"),
         "Measured FLOP/s ('f32', 'bf16') or bytes per second read and written ('copy').");
-  m.def("memory_reuse", &memory_reuse, "Keep and reuse large freed buffers; '' on success, else the reason.");
-  m.def("memory_release", &memory_release, "Give free memory back to the system.");
 }

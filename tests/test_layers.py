@@ -17,15 +17,9 @@ ALLOWED = {
     "kernels": {"kernels", "_jax_compat", "_native"},
     "rewrite": {"rewrite", "kernels", "_jax_compat", "_settings"},
     "_jax_compat": set(),
-    "_settings": {"_jax_compat", "kernels"},
+    "_settings": {"_jax_compat"},
+    "abtest": {"abtest", "accelerate", "disabled", "explain", "_memory", "_native", "_settings"},
 }
-PUBLIC_ONLY = ("abtest", "cli")
-PUBLIC = {
-    "accelerate", "install", "uninstall", "disabled", "is_installed", "explain", "Report", "ab", "release_memory",
-    "kernels", "__version__",
-}  # fmt: skip
-
-
 def imports(path: Path) -> set[str]:
     """Dotted names under jaxext that a module imports, anywhere in it."""
     found = set()

@@ -234,7 +234,7 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
       The linear primitive, for an op whose own rule feeds it: (*operands, *saved, *tangents, which=, **params).
     """
     forward.backward, forward.outputs = backward, tuple(outputs)
-    n_saved, n_cotangents = len(saved), len(outputs)
+    n_saved = len(saved)
     linear = _linear_primitive(forward, saved, outputs)
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
@@ -246,6 +246,15 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
         for i, dot in zip(outputs, dots):
             full[i] = dot
         return outs, full
+
+    ad.primitive_jvps[forward.primitive] = jvp
+    _define_backward(forward, backward, n_saved, tuple(outputs))
+    return linear
+
+
+def _define_backward(forward: Op, backward: Op, n_saved: int, outputs: tuple[int, ...]) -> None:
+    """The backward's reference, avals and roles, all from the forward's."""
+    n_cotangents = len(outputs)
 
     def backward_reference(*xs: Any, wrt: tuple[int, ...], **params: Any) -> Sequence[jax.Array]:
         n = len(xs) - n_saved - n_cotangents
@@ -271,12 +280,10 @@ def derive(forward: Op, backward: Op, *, saved: Sequence[int], outputs: Sequence
         rest: tuple[Role, ...] = ("full",) * (n_saved + n_cotangents)
         return (*forward.roles(n_operands - len(rest), **params), *rest)
 
-    ad.primitive_jvps[forward.primitive] = jvp
     backward._reference = backward_reference
     backward.out_avals = backward_avals
     backward.output_roles = output_roles
     backward.roles = backward_roles
-    return linear
 
 
 def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int]) -> Primitive:
