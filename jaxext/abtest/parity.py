@@ -12,7 +12,10 @@ roundoff of the dtype it computes in, gains D_probe, and the bound is
 
 with factor 16 and floor 1e-4 for float32 (the probe rounds once, sums round at each term), 4 and 2e-2 for bfloat16
 and float16. A leaf whose true gradient is zero (an attention key's bias) is moved by rounding alone, by Adam at full
-speed; there the probe is as far off as jaxext is, and the bound says so. Integers, keys and booleans whose probe is
+speed; there the probe is as far off as jaxext is, and the bound says so. An update of nearly one size in all elements
+(Adam's first steps) turns round in an element whose gradient is near zero, in the probe or not: four such elements and
+a tenth of the floor's share of all are allowed for, while the moments, which are linear in the gradient, are held to
+the bound above. Integers, keys and booleans whose probe is
 exact must be exact.
 """
 
@@ -128,6 +131,20 @@ def _norms(after: Three, before: tuple[np.ndarray, np.ndarray] | None) -> list[f
     return [float(np.sqrt(total)) for total in sums]
 
 
+def _turned_elements(
+    reference: np.ndarray, before: tuple[np.ndarray, np.ndarray] | None, gain: float, rule: Tolerance
+) -> float:
+    """Norm of the few elements whose update may point the other way, where all updates are of nearly one size."""
+    if before is None or gain == 0 or reference.size < 16:
+        return 0.0
+    # In the dtype of the leaf: of largest elements the roundoff does not matter.
+    largest = float(np.max(np.abs(_flat(reference) - _flat(before[0]))))
+    if not largest <= 1.4 * gain / reference.size**0.5:
+        return 0.0
+    count = min(4 + 0.1 * rule.floor * reference.size, reference.size / 16)
+    return 2 * largest * count**0.5
+
+
 def compare_leaf(
     name: str, step: int, after: Three, before: tuple[np.ndarray, np.ndarray] | None, rule: Tolerance
 ) -> LeafError:
@@ -142,6 +159,7 @@ def compare_leaf(
     size, gain, noise = (norm if np.isfinite(norm) else 0.0 for norm in others)
     bound = rule.factor * noise
     if _is_inexact(after[0]):
+        bound += _turned_elements(after[0], before, gain, rule)
         own = 2.0**-23 if after[0].dtype.itemsize >= 4 else 2.0**-8
         bound += rule.floor * gain + 8 * own * size
     return LeafError(name, step, error, bound, gain)

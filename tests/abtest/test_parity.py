@@ -124,3 +124,17 @@ def test_second_moments_of_rounding_do_not_underflow():
     rng = np.random.default_rng(0)
     moments = [(rng.normal(size=64) ** 2 * 1e-25).astype(np.float32) for _ in range(3)]
     assert compare(*moments, np.zeros(64, np.float32)).fraction < 1
+
+
+def test_a_few_turned_elements_of_a_sign_like_update_agree_and_many_do_not():
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=128).astype(np.float32)
+    signs = rng.choice([-1, 1], size=128).astype(np.float32)
+    turned = {count: np.where(np.arange(128) < count, -signs, signs) for count in (2, 16)}
+    after = {count: start + np.float32(3e-5) * turned[count] for count in turned}
+    reference = start + np.float32(3e-5) * signs
+    assert compare(reference, after[2], reference, start, BF16).fraction < 1
+    assert compare(reference, after[16], reference, start, BF16).fraction > 1
+    uneven = np.linspace(0.1, 3, 128).astype(np.float32)
+    assert compare(uneven, np.where(np.arange(128) < 2, -uneven, uneven), uneven, 0 * uneven, BF16).fraction < 1
+    assert compare(uneven, np.where(np.arange(128) > 125, -uneven, uneven), uneven, 0 * uneven, BF16).fraction > 1
