@@ -320,6 +320,7 @@ struct GradientBlock {
     int64_t rows = least(a.queries - row, kQueries);
     Span band = band_span(a, row, rows, key, Mode::kKeys);
     if (band.first >= band.last) return;
+    prefetch_block(a, arrays, row + kQueries, key, Mode::kKeys);
     bool hidden = false;
     if (rules.hides) {
       Visibility seen = visibility(a, arrays, row, rows, key + band.first, band.last - band.first);

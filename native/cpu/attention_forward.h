@@ -11,8 +11,8 @@ namespace {
 // the exponentials stay far from overflow.
 constexpr float kHeadroom = 8.f;
 
-// kv heads whose packed operands (`floats` each) are held at a time: enough for every thread, and otherwise few, so that
-// they are still in the cache when they are used.
+// kv heads whose packed operands (`floats` each) are held at a time: enough for every thread, and otherwise so few that
+// they are still in the cache when used.
 int64_t wave_heads(int64_t kv_heads, int64_t floats, const Parallel& par) {
   constexpr int64_t kCached = int64_t{2} << 20;
   return least(kv_heads, most(4 * par.threads, kCached * par.threads / (floats * 4 + 1)));
@@ -224,6 +224,7 @@ struct QueryBlock {
     const AttentionArgs& a = *rules.args;
     Span band = band_span(a, row, rows, start, Mode::kKeys);
     if (band.first >= band.last) return;
+    prefetch_block(a, arrays, row, start + Mode::kKeys, Mode::kKeys);
     bool hidden = false;
     if (rules.hides) {
       Visibility seen = visibility(a, arrays, row, rows, start + band.first, band.last - band.first);

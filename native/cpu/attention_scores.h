@@ -82,7 +82,7 @@ Visibility mask_visibility(const AttentionArgs& args, const uint8_t* mask, int64
                                   int64_t start, int64_t keys) {
   int64_t height = args.mask.query ? rows : 1, width = args.mask.key ? keys : 1;
   unsigned any = 0, all = 1;
-  for (int64_t i = 0; i < height; i++) {
+  for (int64_t i = 0; i < height && (all || !any); i++) {
     const uint8_t* line = mask + (row + i) * args.mask.query + start * args.mask.key;
     for (int64_t j = 0; j < width; j++) {
       any |= line[j];
@@ -108,6 +108,26 @@ Visibility segment_visibility(const HeadArrays& head, int64_t row, int64_t rows,
   return q0 == q1 && k0 == k1 && q0 == k0 ? Visibility::all : Visibility::some;
 }
 
+void prefetch_lines(const char* data, int64_t rows, int64_t stride, int64_t bytes) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(data + i * stride + x, 0, 2);
+}
+
+// Asks for the mask, bias and dropout of a block that comes next: T x S arrays stream from memory, a few lines a row.
+void prefetch_block(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t start, int64_t keys) {
+  int64_t rows = least(args.queries - row, kQueries), columns = least(args.keys - start, keys);
+  if (rows <= 0 || columns <= 0) return;
+  auto flags = [&](const uint8_t* data, const AttentionBroadcast& a) {
+    if (data && a.query && a.key)
+      prefetch_lines(reinterpret_cast<const char*>(data) + row * a.query + start, rows, a.query, columns);
+  };
+  flags(head.mask, args.mask);
+  flags(head.keep, args.keep);
+  int64_t size = bias_bytes(args);
+  if (head.bias && args.bias.query && args.bias.key)
+    prefetch_lines(head.bias + (row * args.bias.query + start) * size, rows, args.bias.query * size, columns * size);
+}
+
 // What mask and segments leave of a block of queries and keys; the band is not asked.
 Visibility visibility(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t rows,
                              int64_t start, int64_t keys) {
@@ -127,31 +147,38 @@ bool attends(const AttentionArgs& args, const HeadArrays& head, int64_t row, int
   return !head.mask || head.mask[row * args.mask.query + key * args.mask.key];
 }
 
-typedef uint8_t vb __attribute__((vector_size(kLanes)));
-
 // A tile's last vectors may lie behind the keys: n, the keys left, may be negative.
 constexpr int64_t kept_lanes(int64_t n) { return least(most(n, 0), kLanes); }
 
 // The first n of kLanes bytes from p on (step 1) or *p in every lane (step 0), as 0 or -1.
 JAXEXT_INLINE vi load_flags(const uint8_t* p, int64_t step, int64_t n) {
   if (!step) return splat_i(*p ? -1 : 0);
-  vb x{};
-  memcpy(&x, p, kept_lanes(n));
-  return __builtin_convertvector(x, vi) != 0;
+  __m128i x{};
+  n >= kLanes ? memcpy(&x, p, kLanes) : memcpy(&x, p, kept_lanes(n));
+  // Intrinsics: GCC 12 widens bytes one by one through memory when asked by __builtin_convertvector.
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(x) != 0;
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(x) != 0;
+#else
+  return (vi)_mm_cvtepu8_epi32(x) != 0;
+#endif
 }
 
 JAXEXT_INLINE vf load_bias(const AttentionArgs& args, const char* p, int64_t n) {
   bool wide = args.bias.element == AttentionElement::f32;
+  auto *floats = reinterpret_cast<const float*>(p);
+  auto *halves = reinterpret_cast<const bf16*>(p);
   if (!args.bias.key) {
-    if (wide) return splat(*reinterpret_cast<const float*>(p));
-    uint32_t bits = static_cast<uint32_t>(*reinterpret_cast<const bf16*>(p)) << 16;
+    if (wide) return splat(*floats);
+    uint32_t bits = static_cast<uint32_t>(*halves) << 16;
     float x;
     memcpy(&x, &bits, sizeof x);
     return splat(x);
   }
   n = kept_lanes(n);
-  if (wide) return load_first(reinterpret_cast<const float*>(p), n);
-  return n == kLanes ? load(reinterpret_cast<const bf16*>(p)) : load_first(reinterpret_cast<const bf16*>(p), n);
+  if (wide) return n == kLanes ? load(floats) : load_first(floats, n);
+  return n == kLanes ? load(halves) : load_first(halves, n);
 }
 
 JAXEXT_INLINE vi lane_index() {
@@ -160,23 +187,22 @@ JAXEXT_INLINE vi lane_index() {
   return x;
 }
 
-// Lanes of keys [key, key + kLanes) that query `row` attends, by band and end of keys.
-JAXEXT_INLINE vi band_lanes(const AttentionArgs& args, int64_t row, int64_t key) {
-  int64_t low = most(row + args.band_low - key, 0);
-  int64_t high = least(least(row + args.band_high, args.keys - 1) - key, kLanes);
+// Lanes of columns [column, column + kLanes) that lie in [low, high].
+JAXEXT_INLINE vi lanes_between(int64_t low, int64_t high, int64_t column) {
   vi lane = lane_index();
-  return (lane >= splat_i(static_cast<int32_t>(least(low, kLanes)))) &
-         (lane <= splat_i(static_cast<int32_t>(most(high, -1))));
+  return (lane >= splat_i(static_cast<int32_t>(least(most(low - column, 0), kLanes)))) &
+         (lane <= splat_i(static_cast<int32_t>(most(least(high - column, kLanes), -1))));
 }
 
-// As band_lanes, by segments and mask too.
+// Lanes of keys [key, key + kLanes) that segments and mask let query `row` see.
 JAXEXT_INLINE vi visible_lanes(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key) {
-  vi seen = band_lanes(args, row, key);
+  vi seen = splat_i(-1);
   int64_t n = args.keys - key;
   if (head.query_segments) {
     vi k{};
-    memcpy(&k, head.key_segments + key, kept_lanes(n) * sizeof(int32_t));
-    seen &= k == splat_i(head.query_segments[row]);
+    const int32_t* ids = head.key_segments + key;
+    n >= kLanes ? memcpy(&k, ids, sizeof k) : memcpy(&k, ids, kept_lanes(n) * sizeof(int32_t));
+    seen = k == splat_i(head.query_segments[row]);
   }
   if (head.mask) seen &= load_flags(head.mask + row * args.mask.query + key * args.mask.key, args.mask.key, n);
   return seen;
@@ -196,50 +222,56 @@ JAXEXT_INLINE vf tanh_fast(vf x) {
   return select(a < splat(0.625f), near, far);
 }
 
-// apply_rules where only the band and the end of the keys matter.
-void hide_by_band(const AttentionArgs& args, int64_t row, int64_t start, int64_t first, int64_t last, float* scores,
-                  int64_t width) {
-  for (int64_t r = 0; r < kRows; r++)
+// A raw product through soft cap and bias to a base-2 exponent; `slope` takes the derivative of the soft cap.
+JAXEXT_INLINE vf change_scores(const Rules& rules, const HeadArrays& head, int64_t row, int64_t key, vf x,
+                               float* slope) {
+  const AttentionArgs& args = *rules.args;
+  if (args.soft_cap != 0.f) {
+    vf t = tanh_fast(x * splat(rules.natural / args.soft_cap));
+    x = t * splat(args.soft_cap * kLog2E);
+    if (slope) store(slope, splat(1.f) - t * t);
+  } else {
+    x = x * splat(rules.exponent);
+  }
+  if (!head.bias) return x;
+  const char* p = head.bias + (row * args.bias.query + key * args.bias.key) * bias_bytes(args);
+  vf bias = load_bias(args, p, args.keys - key), y = fma(bias, splat(kLog2E), x);
+  vf bounded = select(y < splat(kLowestScore), splat(kLowestScore), y);
+  // A finite bias as low as the type allows must not become -inf; a bias of -inf must stay it.
+  return select(bias == splat(-kInfinity), splat(-kInfinity), bounded);
+}
+
+template <bool kChanges, bool kHides>
+JAXEXT_NOINLINE void apply_chosen_rules(const Rules& rules, const HeadArrays& head, int64_t row, int64_t start,
+                                        int64_t first, int64_t last, float* scores, int64_t width, float* slope) {
+  const AttentionArgs& args = *rules.args;
+  for (int64_t r = 0; r < kRows; r++) {
+    int64_t i = least(row + r, args.queries - 1);  // padding rows repeat the last
+    int64_t low = i + args.band_low - start, high = least(i + args.band_high, args.keys - 1) - start;
     for (int64_t c = first; c < last; c += kLanes) {
       float* p = scores + r * width + c;
-      store(p, select(band_lanes(args, row + r, start + c), load(p), splat(-kInfinity)));
+      vf x = load(p);
+      if (kChanges) x = change_scores(rules, head, i, start + c, x, slope ? slope + r * width + c : nullptr);
+      if (c < low || c + kLanes - 1 > high) x = select(lanes_between(low, high, c), x, splat(-kInfinity));
+      if (kHides) x = select(visible_lanes(args, head, i, start + c), x, splat(-kInfinity));
+      store(p, x);
     }
+  }
 }
 
 // Turns raw products of queries [row, row + kRows) and keys start + [first, last) into what the exponential takes:
-// hidden keys become -inf, and where rules.changes, soft cap and bias are applied and the result is a base-2 exponent.
-// Where `slope` is given, it takes the derivative of the soft cap.
-JAXEXT_NOINLINE void apply_rules(const Rules& rules, const HeadArrays& head, int64_t row, int64_t start,
-                                        int64_t first, int64_t last, float* scores, int64_t width,
-                                        float* slope = nullptr) {
-  const AttentionArgs& args = *rules.args;
-  if (!rules.changes && !rules.hides) return hide_by_band(args, row, start, first, last, scores, width);
-  float cap_in = args.soft_cap != 0.f ? rules.natural / args.soft_cap : 0.f;
-  for (int64_t r = 0; r < kRows; r++) {
-    int64_t i = least(row + r, args.queries - 1);  // padding rows repeat the last
-    for (int64_t c = first; c < last; c += kLanes) {
-      float* p = scores + r * width + c;
-      int64_t key = start + c;
-      vf x = load(p);
-      if (rules.changes) {
-        if (args.soft_cap != 0.f) {
-          vf t = tanh_fast(x * splat(cap_in));
-          x = t * splat(args.soft_cap * kLog2E);
-          if (slope) store(slope + r * width + c, splat(1.f) - t * t);
-        } else {
-          x = x * splat(rules.exponent);
-        }
-        if (head.bias) {
-          const char* b = head.bias + (i * args.bias.query + key * args.bias.key) * bias_bytes(args);
-          vf y = x + load_bias(args, b, args.keys - key) * splat(kLog2E);
-          vf bounded = select(y < splat(kLowestScore), splat(kLowestScore), y);
-          // A finite bias as low as the type allows must not become -inf; a bias of -inf must stay it.
-          x = select(load_bias(args, b, args.keys - key) == splat(-kInfinity), splat(-kInfinity), bounded);
-        }
-      }
-      store(p, select(visible_lanes(args, head, i, key), x, splat(-kInfinity)));
-    }
-  }
+// keys outside the band become -inf, where rules.hides also those that segments or mask hide, and where rules.changes
+// soft cap and bias are applied and the result is a base-2 exponent.
+void apply_rules(const Rules& rules, const HeadArrays& head, int64_t row, int64_t start, int64_t first, int64_t last,
+                 float* scores, int64_t width, float* slope = nullptr) {
+  if (rules.changes && rules.hides)
+    apply_chosen_rules<true, true>(rules, head, row, start, first, last, scores, width, slope);
+  else if (rules.changes)
+    apply_chosen_rules<true, false>(rules, head, row, start, first, last, scores, width, slope);
+  else if (rules.hides)
+    apply_chosen_rules<false, true>(rules, head, row, start, first, last, scores, width, slope);
+  else
+    apply_chosen_rules<false, false>(rules, head, row, start, first, last, scores, width, slope);
 }
 
 }  // namespace
