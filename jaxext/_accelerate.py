@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from . import _jax_compat as compat
 from . import _settings
 from ._check import Checked
 from ._settings import Settings
@@ -66,8 +67,14 @@ def accelerate(
     if environment is None:
         return fn if jitted else jax.jit(fn, **jit_options)
     settings = Settings(exclude=environment.exclude | excluded, require=required, strict=environment.strict)
-    accelerated = Accelerated(fn, settings) if jitted else jax.jit(_traced(fn, settings), **jit_options)
+    accelerated = _jitted(fn, settings) if jitted else jax.jit(_traced(fn, settings), **jit_options)
     return Checked(accelerated) if check else accelerated
+
+
+def _jitted(fn: Any, settings: Settings) -> Any:
+    """A jitted function, accelerated: jitted alike, so that a call costs no more, or else called under the settings."""
+    inner = compat.jitted_function(fn)
+    return Accelerated(fn, settings) if inner is None else compat.jit_like(fn, _traced(inner, settings))
 
 
 def _traced(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
@@ -93,6 +100,9 @@ class Accelerated:
         hooks.activate(relying=self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _settings.is_unset():  # the hot path
+            with _settings.entering(self._settings):
+                return self._fn(*args, **kwargs)
         with self._scope():
             return self._fn(*args, **kwargs)
 

@@ -233,6 +233,17 @@ def is_concrete(x: Any) -> bool:
     return core.is_concrete(x)
 
 
+def jitted_function(jitted: Any) -> Callable[..., Any] | None:
+    """The function inside what `jax.jit` returned, None where this JAX does not say, or for another kind of jit."""
+    known = hasattr(jitted, "_jit_info") and hasattr(pjit, "_cpp_pjit")
+    return getattr(jitted, "_fun", None) if known else None
+
+
+def jit_like(jitted: Any, fun: Callable[..., Any]) -> Any:
+    """`fun` under all options of `jitted`, of which `jitted_function` has to be known."""
+    return pjit._cpp_pjit(fun, jitted._jit_info)
+
+
 def trace_state_clean() -> bool:
     """True outside of every JAX transformation."""
     return core.trace_state_clean()

@@ -78,6 +78,11 @@ def current() -> Settings | None:
     return value if isinstance(value, Settings) else None
 
 
+def is_unset() -> bool:
+    """True where neither settings nor `disabled` are in force."""
+    return _context.value is None
+
+
 def is_off() -> bool:
     """True inside `disabled`."""
     return _context.value is OFF
