@@ -68,6 +68,8 @@ def _refuses(*avals: Any, extras: tuple[str, ...], out_dtype: str | None, **_: A
             return f"'{name}' is {aval.dtype}; the kernel takes float32 and bfloat16"
     if out_dtype is not None and jnp.dtype(out_dtype) not in _NATIVE:
         return f"out_dtype is {out_dtype}; the kernel gives float32 and bfloat16"
+    if avals[0].shape[-1] < 8:
+        return f"rows of {avals[0].shape[-1]} features are shorter than a register"
     return None
 
 
