@@ -18,7 +18,7 @@ ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
 
 test: $(VENV)/test.stamp check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

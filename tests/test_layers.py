@@ -20,6 +20,8 @@ ALLOWED = {
     "_settings": {"_jax_compat"},
     "abtest": {"abtest", "accelerate", "disabled", "explain", "kernels", "_memory", "_native", "_settings"},
 }
+
+
 def imports(path: Path) -> set[str]:
     """Dotted names under jaxext that a module imports, anywhere in it."""
     found = set()

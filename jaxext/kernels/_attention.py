@@ -128,9 +128,7 @@ def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:-3], *split, *x.shape[-2:])
 
 
-def _visible(
-    queries: int, keys: int, band: Band, named: dict[str, jax.Array], kv_heads: int
-) -> jax.Array | None:
+def _visible(queries: int, keys: int, band: Band, named: dict[str, jax.Array], kv_heads: int) -> jax.Array | None:
     """Which keys each query attends, broadcastable to [..., K, G, T, S]; None for all."""
     terms = []
     offset = jnp.arange(keys) - jnp.arange(queries)[:, None]
@@ -374,6 +372,23 @@ def _window(local_window_size: int | tuple[int, int] | None, is_causal: bool) ->
     return -sizes[0], sizes[1] if high is None else min(high, sizes[1])
 
 
+_TIME_FIRST = ("btnh",) * 4
+
+
+def _as_ids(ids: Any) -> jax.Array | None:
+    return None if ids is None else jnp.asarray(ids).astype(jnp.int32)
+
+
+def _mask_and_lengths(mask: Any, lengths: Any, leading: tuple[int, ...], keys: int) -> jax.Array | None:
+    """The user's mask, and keys behind `lengths` hidden."""
+    if mask is not None:
+        mask = _score_array("mask", mask, len(leading) + 3)
+    if lengths is None:
+        return mask
+    inside = _lengths_mask("key_value_seq_lengths", lengths, leading, keys)[..., None, None, :]
+    return inside if mask is None else mask & inside
+
+
 def attention(
     query: Any,
     key: Any,
@@ -414,37 +429,27 @@ def attention(
       ValueError: a shape does not fit; TypeError: a dtype does not.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    layout = ("btnh",) * 4
-    _check_qkv(query, key, value, layout)
-    _, _, queries, keys, depth, _ = _sizes(query, key, value, layout)
+    _check_qkv(query, key, value, _TIME_FIRST)
+    _, _, queries, keys, depth, _ = _sizes(query, key, value, _TIME_FIRST)
     leading = query.shape[:-3]
-    if mask is not None:
-        mask = _score_array("mask", mask, query.ndim)
-    if key_value_seq_lengths is not None:
-        inside = _lengths_mask("key_value_seq_lengths", key_value_seq_lengths, leading, keys)[..., None, None, :]
-        mask = inside if mask is None else mask & inside
-    segments = [
-        None if ids is None else jnp.asarray(ids).astype(jnp.int32)
-        for ids in (query_segment_ids, key_value_segment_ids)
-    ]
     out = attention_op(
         query,
         key,
         value,
         bias=None if bias is None else _score_array("bias", bias, query.ndim),
-        mask=mask,
-        query_segment_ids=segments[0],
-        key_value_segment_ids=segments[1],
+        mask=_mask_and_lengths(mask, key_value_seq_lengths, leading, keys),
+        query_segment_ids=_as_ids(query_segment_ids),
+        key_value_segment_ids=_as_ids(key_value_segment_ids),
         scale=1.0 / math.sqrt(max(depth, 1)) if scale is None else scale,
         band=_window(local_window_size, is_causal),
         soft_cap=logits_soft_cap,
         fill="uniform",
-        layout=layout,
+        layout=_TIME_FIRST,
     )
-    if query_seq_lengths is not None:
-        inside = _lengths_mask("query_seq_lengths", query_seq_lengths, leading, queries)
-        out = jnp.where(inside[..., None, None], out, jnp.zeros((), out.dtype))
-    return out
+    if query_seq_lengths is None:
+        return out
+    inside = _lengths_mask("query_seq_lengths", query_seq_lengths, leading, queries)
+    return jnp.where(inside[..., None, None], out, jnp.zeros((), out.dtype))
 
 
 # --- argument specs -------------------------------------------------------------------------------------------------

@@ -42,6 +42,6 @@ def register() -> str:
     for name, capsule in module.targets().items():
         try:
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-        except Exception as error:  # noqa: BLE001 - XLA raises its own type; the reason is kept and reported
+        except Exception as error:
             return f"XLA refused the FFI target {name}: {error}"
     return ""

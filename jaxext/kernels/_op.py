@@ -163,7 +163,9 @@ def _primitive(name: str, abstract: Callable[..., Any], lower: Callable[..., Any
 @functools.lru_cache(maxsize=4096)
 def _traced_avals(op: Op, avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> Sequence[Any]:
     # Not eval_shape, which is jitted: where jaxext is on, the reference would be replaced by the op itself.
-    traced = _jax_compat.trace(lambda *xs: tuple(op.reference(*xs, **dict(params))), [jax.typeof(_struct(a)) for a in avals])
+    traced = _jax_compat.trace(
+        lambda *xs: tuple(op.reference(*xs, **dict(params))), [jax.typeof(_struct(a)) for a in avals]
+    )
     outs = _jax_compat.out_types(traced)
     roles = op.output_roles(len(outs), **dict(params))
     return tuple(_like(op, avals[0], role, out.shape, out.dtype) for out, role in zip(outs, roles))

@@ -34,14 +34,16 @@ def resized(aval: Any, leading: int, ndim: int) -> Any:
     return sharding.update(spec=PartitionSpec(*spec))
 
 
-def _rule(leading: int, roles: Sequence[str], shapes: Sequence[tuple[int, ...]], n_operands: int) -> tuple[str, list[str]]:
+def _rule(
+    leading: int, roles: Sequence[str], shapes: Sequence[tuple[int, ...]], n_operands: int
+) -> tuple[str, list[str]]:
     """The op's sharding rule as text, and its factors that must be whole on every device."""
     whole: list[str] = []
 
     def factors(index: int, role: str, shape: tuple[int, ...]) -> str:
         names = []
         for d, size in enumerate(shape):
-            if role == "full" and d < leading or role == "broadcast" and d < leading and size != 1:
+            if (role == "full" and d < leading) or (role == "broadcast" and d < leading and size != 1):
                 names.append(f"b{d}")
             else:
                 names.append(f"x{index}d{d}")
@@ -102,6 +104,9 @@ def partitioned(
     rule, whole = _rule(leading, (*roles, *output_roles), shapes, n)
     wrapped = custom_partitioning(run)
     wrapped.def_partition(
-        partition=partition, infer_sharding_from_operands=infer, sharding_rule=rule, need_replication_factors=tuple(whole)
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=rule,
+        need_replication_factors=tuple(whole),
     )
     return wrapped

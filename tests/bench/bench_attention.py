@@ -84,7 +84,7 @@ def operands(shape, dtype):
     if shape.segments:
         ids = jnp.asarray(shape.segment_ids(), jnp.int32)
         options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
-        stock["mask"] = (ids[:, None, :, None] == ids[:, None, None, :])
+        stock["mask"] = ids[:, None, :, None] == ids[:, None, None, :]
     if shape.masked:
         # Hidden at random: every block is mixed, none can be skipped.
         options["mask"] = stock["mask"] = jnp.asarray(rng.random((1, 1, t, t)) < 0.97)

@@ -74,9 +74,18 @@ CASES = {
         lengths=(150, 40), extras={"keep": (2, 2, 150, 40)}, options={"band": (None, -100), "fill": "uniform"}
     ),
     "everything": Case(
-        (2, 2), (4, 2), (150, 190), (24, 40), ("btnh", "bnth", "btnh", "bnth"),
-        {"bias": (2, 1, 4, 1, 190), "mask": (1, 2, 1, 150, 190), "query_segment_ids": (1, 1, 150),
-         "key_value_segment_ids": (2, 1, 190), "keep": (2, 2, 4, 150, 190)},
+        (2, 2),
+        (4, 2),
+        (150, 190),
+        (24, 40),
+        ("btnh", "bnth", "btnh", "bnth"),
+        {
+            "bias": (2, 1, 4, 1, 190),
+            "mask": (1, 2, 1, 150, 190),
+            "query_segment_ids": (1, 1, 150),
+            "key_value_segment_ids": (2, 1, 190),
+            "keep": (2, 2, 4, 150, 190),
+        },
         {"band": (-60, 90), "soft_cap": 3.0, "keep_scale": 1.25, "fill": "uniform", "scale": 0.3},
     ),
 }

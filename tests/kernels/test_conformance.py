@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxext.kernels import OPS
 from jaxext.kernels._op import native_status
 
@@ -53,7 +54,7 @@ def oracle(fn, xs):
 
 
 def assert_as_good_as_reference(native, stock, exact):
-    """Error against float64 at most twice the reference's in the same dtype, plus four roundings of the largest value."""
+    """Error against float64: at most twice the reference's in that dtype, plus four roundings of the largest value."""
     for i, (n, s, e) in enumerate(zip(native, stock, exact)):
         assert n.shape == s.shape and n.dtype == s.dtype
         if not n.size:
@@ -113,7 +114,7 @@ def test_the_lowered_program_calls_the_kernel(op, spec, dtype):
     avals = [jax.typeof(x) for x in xs]
     if reason := op.refusal(*avals, **spec.params):
         pytest.skip(f"runs the reference: {reason}")
-    assert jax.jit(run(op, spec)).lower(*xs).as_text().count(f'@{op.target}(') == 1
+    assert jax.jit(run(op, spec)).lower(*xs).as_text().count(f"@{op.target}(") == 1
     if op.backward is not None:
         text = jax.jit(vjp_of(run(op, spec), xs, float_indices(xs))).lower(*xs).as_text()
         assert text.count(f"@{op.backward.target}(") == 1
@@ -129,8 +130,8 @@ def close(native, stock, dtype):
 TRANSFORMS = {
     "eager": lambda f: f,
     "vmap": lambda f: lambda *xs: jax.vmap(f)(*(jnp.stack([x, x]) for x in xs)),
-    "vmap of the first operand": lambda f: lambda *xs: jax.vmap(f, (1, *[None] * (len(xs) - 1)), 1)(
-        jnp.stack([xs[0], -xs[0]], 1), *xs[1:]
+    "vmap of the first operand": lambda f: (
+        lambda *xs: jax.vmap(f, (1, *[None] * (len(xs) - 1)), 1)(jnp.stack([xs[0], -xs[0]], 1), *xs[1:])
     ),
     "vmap twice": lambda f: lambda *xs: jax.vmap(jax.vmap(f))(*(jnp.stack([x, x])[None] for x in xs)),
     "remat": jax.checkpoint,
@@ -190,8 +191,7 @@ def test_forward_mode_and_second_derivatives_agree_with_the_reference(op, spec, 
 def test_a_batch_over_two_devices_is_not_gathered(op, spec, dtype):
     xs = operands_of(spec, dtype)
     roles = op.roles(len(xs), **spec.params)
-    xs = [jnp.concatenate([x, x])[None] if r == "full" else x[None] if r == "broadcast" else x for x, r in zip(xs, roles)]
-    xs = [jnp.concatenate([x, x]) if r == "full" else x for x, r in zip(xs, roles)]
+    xs = [jnp.stack([x, x]) if r == "full" else x[None] if r == "broadcast" else x for x, r in zip(xs, roles)]
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     place = [jax.P("data") if r == "full" else jax.P() for r in roles]
     sharded = [jax.device_put(x, jax.NamedSharding(mesh, p)) for x, p in zip(xs, place)]
