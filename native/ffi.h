@@ -16,8 +16,12 @@ inline ffi::Error bad_argument(const char* op, const char* argument, const std::
 
 inline std::string shape_text(ffi::Span<const int64_t> dims) {
   std::string s = "[";
-  for (size_t i = 0; i < dims.size(); i++) s += (i ? "," : "") + std::to_string(dims[i]);
-  return s + "]";
+  for (size_t i = 0; i < dims.size(); i++) {
+    if (i) s += ',';
+    s += std::to_string(dims[i]);
+  }
+  s += ']';
+  return s;
 }
 
 // The product of dims[first, last).

@@ -23,7 +23,8 @@ typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t bf16;  // storage only: the upper half of a float
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
-JAXEXT_INLINE vf splat(float x) { return vf{} + x; }
+// x - 0, not x + 0: the latter turns -0 to 0, so the compiler would have to add.
+JAXEXT_INLINE vf splat(float x) { return x - vf{}; }
 JAXEXT_INLINE vi splat_i(int32_t x) { return vi{} + x; }
 
 JAXEXT_INLINE vf load(const float* p) {

@@ -173,7 +173,8 @@ def _reference(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(out, lse, low); the last two are residuals, not differentiable.
 
-    lse: f32 [..., N, T], -inf for a row whose keys are all hidden.
+    lse: f32 [..., N, 2, T]: the maximum of a row's scores (-inf where all its keys are hidden) and the logarithm of its
+      sum relative to that, both base 2; the kernel's maximum may lie below the true one, its sum above accordingly.
     low: as out, what rounding took from it (the backward's sum(out * dout) cancels where one probability is near 1);
       [..., 0] in float32.
     """
@@ -183,7 +184,7 @@ def _reference(
     q, k, v = (_heads_first(x, order) for x, order in zip((q, k, v), layout))
     if keys == 0 or 0 in q.shape:
         out = _heads_first(jnp.zeros((*leading, heads, queries, value_depth), dtype), layout[3])
-        return out, jnp.full((*leading, heads, queries), -jnp.inf, jnp.float32), _rounded_away(out, out)
+        return out, jnp.full((*leading, heads, 2, queries), -jnp.inf, jnp.float32), _rounded_away(out, out)
     q = q.reshape(*leading, kv_heads, heads // kv_heads, queries, q.shape[-1])
     logits = jnp.einsum("...kgtd,...ksd->...kgts", q.astype(wide), k.astype(wide)) * scale
     if soft_cap is not None:
@@ -196,16 +197,20 @@ def _reference(
         logits = _hide(logits, visible, fill)
         some = jnp.any(jnp.broadcast_to(visible, logits.shape), -1)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    lse = jax.nn.logsumexp(logits, axis=-1)
+    maximum = jnp.max(logits, -1)
+    log_sum = jnp.log2(jnp.sum(jnp.exp(logits - maximum[..., None]), -1))
     if some is not None:
-        lse = jnp.where(some, lse, -jnp.inf)
+        maximum = jnp.where(some, maximum, -jnp.inf)
         if fill == "zeros":
             probabilities = jnp.where(some[..., None], probabilities, 0)
     if "keep" in named:
         probabilities = jnp.where(_grouped(named["keep"], kv_heads), probabilities * keep_scale, 0)
     out = jnp.einsum("...kgts,...ksd->...kgtd", probabilities.astype(dtype), v, preferred_element_type=wide)
     out = _heads_first(out.reshape(*leading, heads, queries, value_depth), layout[3])
-    lse = jax.lax.stop_gradient(lse).astype(jnp.float32).reshape(*leading, heads, queries)
+    sums = jnp.stack(
+        [maximum.reshape(*leading, heads, queries) / math.log(2), log_sum.reshape(*leading, heads, queries)], -2
+    )
+    lse = jax.lax.stop_gradient(sums).astype(jnp.float32)
     return out.astype(dtype), lse, _rounded_away(out, out.astype(dtype))
 
 
@@ -412,7 +417,7 @@ def attention(
       key: [..., S, K, H], K a divisor of N (grouped-query attention).
       value: [..., S, K, V].
       bias: added to the scores; broadcastable to [..., N, T, S].
-      mask: boolean, True where attention is allowed; broadcastable to [..., N, T, S].
+      mask: boolean, True where attention is allowed; as bias.
       scale: factor of the scores; 1/sqrt(H) if None.
       is_causal: query i attends keys j <= i.
       query_seq_lengths, key_value_seq_lengths: integers [...]; queries and keys behind them are padding: the result
@@ -431,13 +436,12 @@ def attention(
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     _check_qkv(query, key, value, _TIME_FIRST)
     _, _, queries, keys, depth, _ = _sizes(query, key, value, _TIME_FIRST)
-    leading = query.shape[:-3]
     out = attention_op(
         query,
         key,
         value,
         bias=None if bias is None else _score_array("bias", bias, query.ndim),
-        mask=_mask_and_lengths(mask, key_value_seq_lengths, leading, keys),
+        mask=_mask_and_lengths(mask, key_value_seq_lengths, query.shape[:-3], keys),
         query_segment_ids=_as_ids(query_segment_ids),
         key_value_segment_ids=_as_ids(key_value_segment_ids),
         scale=1.0 / math.sqrt(max(depth, 1)) if scale is None else scale,
@@ -448,7 +452,7 @@ def attention(
     )
     if query_seq_lengths is None:
         return out
-    inside = _lengths_mask("query_seq_lengths", query_seq_lengths, leading, queries)
+    inside = _lengths_mask("query_seq_lengths", query_seq_lengths, query.shape[:-3], queries)
     return jnp.where(inside[..., None, None], out, jnp.zeros((), out.dtype))
 
 

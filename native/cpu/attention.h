@@ -34,7 +34,9 @@ struct AttentionArgs {
   AttentionFill fill;
   AttentionOperand q, k, v, out;
   AttentionOperand low;  // bf16 only: what rounding took from out, which backward's sum(out * dout) needs
-  float* lse;  // [batch, heads, queries], natural logarithm; -inf where every key is masked
+  // [batch, heads, 2, queries]: a maximum of the row's scores (-inf where every key is masked) and the logarithm of its
+  // sum relative to that, base 2. Apart, because beside a score of -1e9 their sum would lose the logarithm.
+  float* lse;
   AttentionBroadcast bias, mask, keep, query_segments, key_segments;
   // Backward only. A null gradient is not computed; bias_gradient has bias's shape and element type.
   AttentionOperand dout, dq, dk, dv;

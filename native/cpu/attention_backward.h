@@ -10,6 +10,11 @@ namespace jaxext::JAXEXT_ISA {
 namespace {
 
 // The packed operands and partial sums of one kv head and its query heads.
+// Of each row: a maximum of its scores, the logarithm of its sum relative to that (base 2), and sum(out * dout).
+struct RowSums {
+  float *maximum, *log_sum, *delta;
+};
+
 template <class Mode>
 struct BackwardLayout {
   const AttentionArgs& args;
@@ -35,7 +40,7 @@ struct BackwardLayout {
         data(nullptr) {
     key_size = round_up(padded_keys * (steps + value_steps) + words<Mode>(padded_keys) * key_width, 16);
     int64_t rights = Mode::kPaired ? padded_queries / 2 * (key_width + out_width) : 0;
-    head_size = padded_queries * (query_row + dout_row + 2 + chunks * key_width) + rights;
+    head_size = padded_queries * (query_row + dout_row + 3 + chunks * key_width) + rights;
     size = key_size + share * head_size;
   }
 
@@ -49,10 +54,12 @@ struct BackwardLayout {
   float* head(int64_t slot, int64_t member) const { return data + slot * size + key_size + member * head_size; }
   float* query_left(float* head, int64_t row) const { return head + row * query_row; }
   float* dout_left(float* head, int64_t row) const { return head + padded_queries * query_row + row * dout_row; }
-  float* lse(float* head, int64_t row) const { return head + padded_queries * (query_row + dout_row) + row; }
-  float* delta(float* head, int64_t row) const { return lse(head, row) + padded_queries; }
+  RowSums sums(float* head, int64_t row) const {
+    float* maximum = head + padded_queries * (query_row + dout_row) + row;
+    return {maximum, maximum + padded_queries, maximum + 2 * padded_queries};
+  }
   float* dq(float* head, int64_t chunk, int64_t row) const {
-    return delta(head, 0) + padded_queries + (chunk * padded_queries + row) * key_width;
+    return head + padded_queries * (query_row + dout_row + 3) + (chunk * padded_queries + row) * key_width;
   }
   // Unpaired, the left operands of rows serve as right operands too.
   float* query_right(float* head, int64_t row) const {
@@ -75,16 +82,16 @@ void pack_key_block(const BackwardLayout<Mode>& m, int64_t slot, int64_t kv, int
   pack_right<Mode>(k, a.k.row, valid, keys, a.depth, m.key_right(slot, key), m.key_width);
 }
 
-// log-sum-exp (base 2) and sum(out * dout) of the rows of a query block. Rows that exist nowhere (padding) and rows
-// without any key get lse = +inf: their probabilities are then 0.
+// The sums of the rows of a query block. Rows that exist nowhere (padding) and rows without any key get a maximum of
+// +inf: their probabilities are then 0.
 template <class Mode>
-void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, float* base2_lse, float* delta) {
+void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, RowSums sums) {
   auto out = row_of<Mode>(a.out, b, h, row);
   auto dout = row_of<Mode>(a.dout, b, h, row);
-  const float* lse = a.lse + (b * a.heads + h) * a.queries + row;
+  const float* maximum = a.lse + (b * a.heads + h) * 2 * a.queries + row;
   int64_t rows = least(a.queries - row, kQueries);
   for (int64_t i = 0; i < round_up(rows, kRows); i++) {
-    bool empty = i >= rows || lse[i] == -kInfinity;
+    bool empty = i >= rows || maximum[i] == -kInfinity;
     vf sum{};
     for (int64_t c = 0; !empty && c < a.value_depth; c += kLanes) {
       int64_t n = a.value_depth - c;
@@ -92,8 +99,9 @@ void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, f
       sum = fma(load_part(out + i * a.out.row + c, n), g, sum);
       if (a.low.data) sum = fma(load_part(row_of<Mode>(a.low, b, h, row + i) + c, n), g, sum);
     }
-    delta[i] = empty ? 0.f : reduce_add(sum);
-    base2_lse[i] = empty ? kInfinity : lse[i] * kLog2E;
+    sums.delta[i] = empty ? 0.f : reduce_add(sum);
+    sums.maximum[i] = empty ? kInfinity : maximum[i];
+    sums.log_sum[i] = empty ? 0.f : maximum[a.queries + i];
   }
 }
 
@@ -114,7 +122,7 @@ void pack_query_block(const BackwardLayout<Mode>& m, const Rules& rules, int64_t
     pack_right<Mode>(q, a.q.row, rows, padded, a.depth, m.query_right(head, row), m.key_width);
     pack_right<Mode>(dout, a.dout.row, rows, padded, a.value_depth, m.dout_right(head, row), m.out_width);
   }
-  row_statistics<Mode>(a, b, h, row, m.lse(head, row), m.delta(head, row));
+  row_statistics<Mode>(a, b, h, row, m.sums(head, row));
   for (int64_t chunk = 0; chunk < m.chunks; chunk++)
     memset(m.dq(head, chunk, row), 0, padded * m.key_width * sizeof(float));
 }
@@ -150,16 +158,15 @@ void clear_columns(float* tile, int64_t rows, int64_t width, int64_t first, int6
   }
 }
 
-// p = 2^(score - lse) and ds = p (dp - delta), in place of scores and dp.
+// p = 2^(score - maximum - log_sum) and ds = p (dp - delta), in place of scores and dp.
 JAXEXT_NOINLINE void score_gradients(float* scores, float* dp, int64_t width, int64_t first, int64_t last,
-                                            float exponent, const float* lse, const float* delta,
-                                            const float* slope, const Dropout& drop) {
+                                            float exponent, RowSums sums, const float* slope, const Dropout& drop) {
   vf scale = splat(exponent);
   for (int64_t r = 0; r < kRows; r++) {
     float *x = scores + r * width, *y = dp + r * width;
-    vf log_sum = splat(lse[r]), mean = splat(delta[r]);
+    vf maximum = splat(sums.maximum[r]), log_sum = splat(sums.log_sum[r]), mean = splat(sums.delta[r]);
     for (int64_t c = first; c < last; c += kLanes) {
-      vf p = exp2_fast<Float32>(fma(load(x + c), scale, -log_sum)), d = load(y + c);
+      vf p = exp2_fast<Float32>(fma(load(x + c), scale, -maximum) - log_sum), d = load(y + c);
       vf kept = p;
       if (drop.keep) {
         vf factor = dropout_factor(drop, r, c);
@@ -183,7 +190,7 @@ JAXEXT_INLINE vf pair_rows(vf even, vf odd) {
 
 // As score_gradients, for plain tiles: rounded to bf16, in pairs of rows and (ds) in pairs of columns.
 JAXEXT_NOINLINE void pair_gradients(const float* scores, const float* dp, int64_t first, int64_t last,
-                                           float exponent, const float* lse, const float* delta, float* p_rows,
+                                           float exponent, RowSums sums, float* p_rows,
                                            float* ds_rows, float* ds_left) {
   constexpr int64_t width = Paired::kKeys;
   vf scale = splat(exponent);
@@ -192,11 +199,11 @@ JAXEXT_NOINLINE void pair_gradients(const float* scores, const float* dp, int64_
       vf p[2][2], ds[2][2];
       JAXEXT_UNROLL
       for (int i = 0; i < 2; i++) {
-        vf log_sum = splat(lse[r + i]), mean = splat(delta[r + i]);
+        vf maximum = splat(sums.maximum[r + i]), log_sum = splat(sums.log_sum[r + i]), mean = splat(sums.delta[r + i]);
         JAXEXT_UNROLL
         for (int v = 0; v < 2; v++) {
           int64_t at = (r + i) * width + c + v * kLanes;
-          p[i][v] = exp2_fast<Paired>(fma(load(scores + at), scale, -log_sum));
+          p[i][v] = exp2_fast<Paired>(fma(load(scores + at), scale, -maximum) - log_sum);
           ds[i][v] = p[i][v] * (load(dp + at) - mean);
         }
       }
@@ -276,15 +283,15 @@ struct GradientBlock {
                  int64_t last, const float* slope) {
     const AttentionArgs& a = m.args;
     float exponent = rules.changes ? 1.f : rules.exponent;
-    const float *lse = m.lse(head, row + i), *delta = m.delta(head, row + i);
+    RowSums sums = m.sums(head, row + i);
 #if defined(__AVX512BF16__)
     if constexpr (Mode::kPaired)
       if (!slope && !arrays.keep)
-        return pair_gradients(scores, dweights, first, last, exponent, lse, delta, p, ds, tile.left);
+        return pair_gradients(scores, dweights, first, last, exponent, sums, p, ds, tile.left);
 #endif
     Dropout drop{arrays.keep ? arrays.keep + (row + i) * a.keep.query + key * a.keep.key : nullptr,
                  a.keep.query, a.keep.key, a.keys - key, a.queries - row - i, a.keep_scale};
-    score_gradients(scores, dweights, Mode::kKeys, first, last, exponent, lse, delta, slope, drop);
+    score_gradients(scores, dweights, Mode::kKeys, first, last, exponent, sums, slope, drop);
 #if defined(__AVX512BF16__)
     if constexpr (Mode::kPaired) pair_computed(scores, dweights, first, last, p, ds, tile.left);
 #endif
@@ -347,9 +354,9 @@ void add_filled_rows(const BackwardLayout<Mode>& m, int64_t b, int64_t h, const 
   const AttentionArgs& a = m.args;
   if (a.fill == AttentionFill::zeros) return;
   float weight = a.fill == AttentionFill::nan ? __builtin_nanf("") : 1.f / static_cast<float>(a.keys);
-  const float* lse = a.lse + (b * a.heads + h) * a.queries;
+  const float* maximum = a.lse + (b * a.heads + h) * 2 * a.queries;
   for (int64_t i = 0; i < a.queries; i++) {
-    if (lse[i] != -kInfinity) continue;
+    if (maximum[i] != -kInfinity) continue;
     auto dout = row_of<Mode>(a.dout, b, h, i);
     for (int64_t j = key; j < key + keys; j++) {
       float w = weight;

@@ -14,12 +14,13 @@ struct BiasGradientTask {
   const Rules& rules;
   int64_t offset;  // of the (batch, head) slice in the bias
   float *sums;     // [kQueries or 1][kKeys or 1] of the gradient
-  float *queries, *douts, *key_panels, *value_panels, *scores, *dweights, *slope, *lse, *delta;
+  float *queries, *douts, *key_panels, *value_panels, *scores, *dweights, *slope;
+  RowSums row_sums;
   int64_t query_row, dout_row;
 
   static int64_t scratch(const AttentionArgs& a) {
     int64_t steps = words<Mode>(a.depth), value_steps = words<Mode>(a.value_depth);
-    return kQueries * (Mode::kKeys + round_up(steps, kLanes) + round_up(value_steps, kLanes) + 2) +
+    return kQueries * (Mode::kKeys + round_up(steps, kLanes) + round_up(value_steps, kLanes) + 3) +
            Mode::kKeys * (steps + value_steps + 3 * kRows) + 64;
   }
 
@@ -34,8 +35,8 @@ struct BiasGradientTask {
     scores = value_panels + Mode::kKeys * words<Mode>(a.value_depth);
     dweights = scores + kRows * Mode::kKeys;
     slope = dweights + kRows * Mode::kKeys;
-    lse = slope + kRows * Mode::kKeys;
-    delta = lse + kQueries;
+    float* maximum = slope + kRows * Mode::kKeys;
+    row_sums = {maximum, maximum + kQueries, maximum + 2 * kQueries};
   }
 
   void add_strip(const HeadArrays& arrays, int64_t row, int64_t i, int64_t key) {
@@ -49,7 +50,8 @@ struct BiasGradientTask {
     apply_rules(rules, arrays, row + i, key, first, last, scores, Mode::kKeys);
     Dropout drop{arrays.keep ? arrays.keep + (row + i) * a.keep.query + key * a.keep.key : nullptr,
                  a.keep.query, a.keep.key, a.keys - key, a.queries - row - i, a.keep_scale};
-    score_gradients(scores, dweights, Mode::kKeys, first, last, 1.f, lse + i, delta + i, nullptr, drop);
+    score_gradients(scores, dweights, Mode::kKeys, first, last, 1.f,
+                    {row_sums.maximum + i, row_sums.log_sum + i, row_sums.delta + i}, nullptr, drop);
     for (int64_t r = 0; r < least(kRows, a.queries - row - i); r++)
       for (int64_t c = first; c < last; c += kLanes) {
         float* p = sums + (a.bias.query ? i + r : 0) * Mode::kKeys + c;
@@ -64,7 +66,7 @@ struct BiasGradientTask {
     memset(queries, 0, kQueries * (query_row + dout_row) * sizeof(float));
     pack_rows<Mode>(row_of<Mode>(a.q, b, h, row), a.q.row, rows, a.depth, rules.query_scale, queries, query_row);
     pack_rows<Mode>(row_of<Mode>(a.dout, b, h, row), a.dout.row, rows, a.value_depth, 1.f, douts, dout_row);
-    row_statistics<Mode>(a, b, h, row, lse, delta);
+    row_statistics<Mode>(a, b, h, row, row_sums);
     for (int64_t i = 0; i < rows; i += kRows) add_strip(arrays, row, i, key);
   }
 

@@ -270,15 +270,18 @@ struct QueryBlock {
 
   void finish() {
     const AttentionArgs& a = *rules.args;
-    float* lse = a.lse + (batch * a.heads + head) * a.queries + row;
+    float* maximum = a.lse + (batch * a.heads + head) * 2 * a.queries + row;
+    float* log_sum = maximum + a.queries;
     for (int64_t i = 0; i < rows; i++) {
       float sum = reduce_add(load(state.sum + i * kLanes));
       if (sum == 0.f) {
-        lse[i] = empty_row(i);
+        maximum[i] = empty_row(i);
+        log_sum[i] = 0.f;
         continue;
       }
       write_row(i, state.out + i * out_width, 1.f / sum);
-      lse[i] = (state.maximum[i] + __builtin_log2f(sum)) * kLn2;
+      maximum[i] = state.maximum[i];
+      log_sum[i] = __builtin_log2f(sum);
     }
   }
 };

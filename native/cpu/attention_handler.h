@@ -96,8 +96,8 @@ class AttentionBinder {
   template <class Buffer>
   ffi::Error bind_lse(Buffer x) {
     auto d = x.dimensions();
-    if (x.element_type() != ffi::DataType::F32 || product(d, 0, d.size()) != args.batch * args.heads * args.queries)
-      return bad_argument(op_, "lse", "float32 of shape [..., heads, queries]");
+    if (x.element_type() != ffi::DataType::F32 || product(d, 0, d.size()) != 2 * args.batch * args.heads * args.queries)
+      return bad_argument(op_, "lse", "float32 of shape [..., heads, 2, queries]");
     args.lse = static_cast<float*>(x.untyped_data());
     return ffi::Error::Success();
   }

@@ -263,6 +263,22 @@ def test_infinite_and_lowest_biases_behave_as_in_jax():
 
 
 @native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_row_that_an_added_mask_hides_altogether_equal_jax(dtype):
+    rng = np.random.default_rng(5)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, 33, 2, 16)), dtype) for _ in range(4))
+    bias = jnp.zeros((2, 1, 1, 33)).at[1].set(-1e9)  # the second sequence is padding
+
+    def gradients(attend):
+        return jax.vjp(lambda q, k, v, b: attend(q, k, v, bias=b), q, k, v, bias)[1](g)
+
+    stock = gradients(jax.nn.dot_product_attention)
+    for ours, theirs in zip(gradients(kernels.attention), stock):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        tolerance = 16 * float(jnp.finfo(dtype).eps) * max(1, np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = qkv((1, 64, 1, 16))
     found, exact = (f(q * 100, k * 100, v, is_causal=True) for f in (kernels.attention, jax.nn.dot_product_attention))

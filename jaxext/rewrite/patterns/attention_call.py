@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Fill = Literal["uniform", "nan"] | None
 # A mask this much below another one wins wherever both hide a key.
 _DOMINATES = 8.0
-# Below this, the kernel's backward pass cannot tell a row's scores from their logarithmic sum in single precision.
-_COARSE = -1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +274,7 @@ def _separate(
         raise NoMatch("two masks of different fill values can hide a row together", near=True)
     if len(added) == 1 and (added_only(added[0]) or chosen):
         fills = [mask.fill for mask in chosen]
-        fine = added[0].fill >= _COARSE
-        if fine and added[0].bias is not None and all(fill <= _DOMINATES * added[0].fill for fill in fills):
+        if added[0].bias is not None and all(fill <= _DOMINATES * added[0].fill for fill in fills):
             return chosen, [(added[0].bias, added[0].factor)]
     if len(masks) > 1 and added:
         raise NoMatch("two masks that are added to the scores can hide a row together", near=True)
