@@ -6,7 +6,7 @@ import functools
 import importlib
 from types import ModuleType
 
-__all__ = ["load", "register", "status"]
+__all__ = ["lacks", "load", "register", "status"]
 
 
 @functools.cache
@@ -29,6 +29,15 @@ def status() -> str:
     if module is None or problem:
         return problem
     return register()
+
+
+@functools.cache
+def lacks(target: str) -> str | None:
+    """None where the compiled module has the FFI target, else what to do about it."""
+    module = load()
+    if module is not None and target in module.targets():
+        return None
+    return f"the native module has no target {target}; it is older than the Python files: reinstall jaxext"
 
 
 @functools.cache

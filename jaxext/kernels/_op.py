@@ -106,7 +106,7 @@ class Op:
 
     def refusal(self, *avals: Any, **params: Any) -> str | None:
         """None where the native kernel takes this call on CPU, else the reason why the reference runs."""
-        return native_status() or self._refuses(*avals, **params)
+        return native_status() or _native_module.lacks(self.target) or self._refuses(*avals, **params)
 
     def leading(self, aval: Any) -> int:
         """The number of batch dimensions, read off the first operand."""
