@@ -164,8 +164,12 @@ def test_bad_arguments_are_named(change, error_type, text):
 def test_refusals_say_when_whole_logits_are_as_good():
     aval = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     labels = aval(2048, dtype=jnp.int32)
-    assert linear_cross_entropy_refusal(aval(2048, 64), aval(64, 8192), labels) is None
+    wide = {"dtype": jnp.bfloat16}
+    assert linear_cross_entropy_refusal(aval(2048, 64, **wide), aval(64, 8192, **wide), labels) is None
+    assert linear_cross_entropy_refusal(aval(2**14, 64), aval(64, 2**14), aval(2**14, dtype=jnp.int32)) is None
+    middling = linear_cross_entropy_refusal(aval(2048, 64), aval(64, 8192), labels)
+    assert middling == "2048 x 8192 float32 logits are fewer than 268435456; making them whole is as fast"
     small = linear_cross_entropy_refusal(aval(100, 64), aval(64, 50), aval(100, dtype=jnp.int32))
-    assert small == "100 x 50 logits are fewer than 2097152; making them whole is as fast"
+    assert small == "100 x 50 float32 logits are fewer than 268435456; making them whole is as fast"
     half = linear_cross_entropy_refusal(aval(2048, 64, dtype=jnp.float16), aval(64, 8192), labels)
     assert half == "'x' is float16; the kernel takes float32 and bfloat16"
