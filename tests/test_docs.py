@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+README = Path(__file__).parents[1] / "README.md"
 GUIDES = sorted((Path(__file__).parents[1] / "docs").glob("guide_*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -43,7 +44,7 @@ def environment() -> dict[str, str]:
     return kept | {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("guide", [*GUIDES, README], ids=lambda p: p.stem)
 def test_python_blocks_run(guide, tmp_path):
     source = json.dumps(write_files(guide, tmp_path))
     command = [sys.executable, "-c", RUN_BLOCKS, str(guide)]
