@@ -61,7 +61,7 @@ def close_like(jaxpr: Any, closed: Any) -> Any:
 
 
 def is_jaxpr(x: Any) -> bool:
-    return isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr))
+    return isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def lower_with_devices(primitive: Any) -> None:
@@ -217,7 +217,7 @@ def trace(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], *, like: Any 
     else:
         debug_info = open_jaxpr(like)[0].debug_info
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
-    return jex_core.ClosedJaxpr(jaxpr, consts)
+    return jex_core.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def in_types(jaxpr: Any) -> list[Any]:
