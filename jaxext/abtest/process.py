@@ -51,7 +51,8 @@ def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[st
         environment["JAXEXT_DISABLE"] = "1"
     if setting.exclude:
         environment["JAXEXT_KERNELS"] = ",".join(f"-{kernel}" for kernel in setting.exclude)
-    run = [sys.executable, "-m", "jaxext", "run", "--memory", setting.memory]
+    # By path: -m would prefer a folder named jaxext in the working directory, such as a checkout without its module.
+    run = [sys.executable, str(Path(__file__).parents[1] / "__main__.py"), "run", "--memory", setting.memory]
     return [*run, str(path), *arguments], environment
 
 

@@ -31,7 +31,8 @@ class RemoteHost:
             environment.pop(name, None)
         order = {"path": str(path), "factory": factory, "memory": setting.memory, "seed": seed}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "jaxext.abtest.worker", json.dumps(order)],
+            # -P: a folder named jaxext in the working directory is not this package.
+            [sys.executable, "-P", "-m", "jaxext.abtest.worker", json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
