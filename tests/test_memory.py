@@ -58,8 +58,8 @@ def test_reuse_switched_off_and_on_again_is_not_late():
     assert fresh(source) == ["", ""]
 
 
-# Buffers of changing sizes, written and dropped: 100 MB a step. Enough steps that the few in which a buffer is still held
-# while the next is made (the heap grows then, once) do not decide.
+# Buffers of changing sizes, written and dropped: 100 MB a step. Enough steps that the few in which a buffer is still
+# held while the next is made (the heap grows then, once) do not decide.
 STEPS = """
 import resource, jax, numpy as np
 add = jax.jit(lambda x: x + 1)
