@@ -51,6 +51,6 @@ def register() -> str:
     for name, capsule in module.targets().items():
         try:
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-        except Exception as error:
+        except Exception as error:  # XLA raises types of its own; the reason is kept and reported
             return f"XLA refused the FFI target {name}: {error}"
     return ""
