@@ -108,7 +108,14 @@ def test_ctrl_c_ends_the_program_as_python_does(tmp_path):
     write(
         tmp_path,
         "p.py",
-        "import atexit, os, signal\natexit.register(print, 'bye')\nos.kill(os.getpid(), signal.SIGINT)\ninput()",
+        """
+        import atexit, os, signal
+        # A job started in the background of a script inherits SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        atexit.register(print, 'bye')
+        os.kill(os.getpid(), signal.SIGINT)
+        input()
+        """,
     )
     ours = assert_same(tmp_path, ["p.py"])
     assert ours.returncode == -signal.SIGINT
