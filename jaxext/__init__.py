@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxext._memory import release_memory as release_memory
     from jaxext.abtest import ab as ab
     from jaxext.rewrite.report import Report as Report
+    from jaxext.rewrite.report import collect as collect
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _OWN = {
     "Report": "jaxext.rewrite.report",
     "ab": "jaxext.abtest",
     "accelerate": "jaxext._accelerate",
+    "collect": "jaxext.rewrite.report",
     "disabled": "jaxext._install",
     "explain": "jaxext._explain",
     "install": "jaxext._install",

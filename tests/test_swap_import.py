@@ -18,8 +18,8 @@ import pytest
 import jaxext
 
 OWN = {
-    "Report", "ab", "abtest", "accelerate", "cli", "disabled", "explain", "install", "is_installed", "kernels",
-    "release_memory", "rewrite", "uninstall",
+    "Report", "ab", "abtest", "accelerate", "cli", "collect", "disabled", "explain", "install", "is_installed",
+    "kernels", "release_memory", "rewrite", "uninstall",
 }  # fmt: skip
 
 

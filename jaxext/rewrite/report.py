@@ -128,6 +128,20 @@ def collecting(report: Report) -> Iterator[Report]:
         _collectors.reports.remove(report)
 
 
+@contextmanager
+def collect() -> Iterator[Report]:
+    """What this thread's programs are given inside the `with`: replacements, near misses and fall-backs, as they come.
+
+    A program is rewritten when JAX traces it. A jitted function that has run with these shapes before is not traced
+    again, and so is not in the report; `jaxext.explain` traces anew. Several may be open at once, each has all.
+
+    Yields:
+      a `Report`, empty where neither `install` nor `accelerate` is at work.
+    """
+    with collecting(Report()) as report:
+        yield report
+
+
 _everywhere: list[Report] = []
 
 

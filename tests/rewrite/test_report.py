@@ -205,3 +205,23 @@ def test_a_requirement_holds_everywhere():
     report.missed.append(Entry("attention", reason="tanh"))
     with pytest.raises(RequirementError, match="attention was not replaced everywhere:\n  attention: tanh"):
         check_required(report, ("attention",))
+
+
+def test_collect_has_what_is_traced_inside_and_nothing_else():
+    step = jaxext.accelerate(jax.grad(loss))
+    with jaxext.collect() as outer:
+        with jaxext.collect() as inner:
+            step(X)
+        jaxext.accelerate(missing)(X)
+    jaxext.accelerate(lambda x: attend(x, x, x))(X)
+    assert inner.kernels() == {"attention"} and not inner.missed
+    assert len(outer.replaced) == len(inner.replaced) == 1 and len(outer.missed) == 1
+
+
+def test_collect_leaves_out_what_is_compiled_already():
+    step = jaxext.accelerate(jax.grad(loss))
+    step(X)
+    with jaxext.collect() as report:
+        step(X)
+        jax.jit(jax.grad(loss))(X)
+    assert not report
