@@ -1,6 +1,9 @@
 # make ab    own virtual environment, install, then the A/B speed test of a GPT against stock JAX
 # make test  the same environment with test tools: ruff, pyright, the suite
-# Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default).
+# make compat        upstream projects' own tests, on stock JAX and on jaxext, compared; writes docs/compat.md
+# make compat-quick  a few minutes of them
+# Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default),
+#   COMPAT (options of compat/run.py, such as "--suite optax").
 
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find native jaxext -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
 	-o -name '*.inc' -o -name CMakeLists.txt)
 
-.PHONY: ab test check clean
+.PHONY: ab test check compat compat-quick clean
 
 ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
@@ -24,6 +27,12 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+compat: $(VENV)/test.stamp
+	$(BIN)/python compat/run.py --write-docs $(COMPAT)
+
+compat-quick: $(VENV)/test.stamp
+	$(BIN)/python compat/run.py --quick $(COMPAT)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }

@@ -1,0 +1,1 @@
+"""Upstream test suites on stock JAX and on jaxext, compared test by test."""
