@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "compat", help="environments, sources, results")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="test processes at a time")
     parser.add_argument("--rerun", action="store_true", help="run again what is recorded already")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/compat.md from all that is recorded")
+    parser.add_argument("--write-docs", action="store_true", help="write the page from all that is recorded")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "compat.md", help="the page (docs/compat.md)")
     return parser
 
 
@@ -73,9 +74,8 @@ def _run(options: argparse.Namespace, compat: Path, console: Console) -> int:
     ]
     _show(comparisons, errors, console)
     if options.write_docs:
-        path = ROOT / "docs" / "compat.md"
-        path.write_text(document.text(run.cache, compat))
-        console.print(f"wrote {path.relative_to(ROOT)}")
+        options.docs.write_text(document.text(run.cache, compat))
+        console.print(f"wrote {options.docs}")
     return 1 if errors or any(comparison.problems for comparison in comparisons) else 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Iterator, Mapping
 
 from .results import FileResult, TestResult
 from .suite import Suite
@@ -57,27 +58,19 @@ def compare(
     before, after = _by_test(stock), _by_test(jaxext)
     files = {test: file for file, result in stock.items() for test in result.tests}
     passed = [test for test, result in before.items() if result.outcome == "passed"]
-    problems = []
-    for test in passed:
-        result = after.get(test) or _missing(jaxext[files[test]])
-        if result.outcome == "passed" and test in known:
-            problems.append(Problem(suite.name, test, f"passes, but is a known failure ({known[test]}): drop it"))
-        elif result.outcome != "passed" and test not in known:
-            problems.append(Problem(suite.name, test, f"{result.outcome}: {result.error}"))
-    for test in known:
-        if test not in before and (whole or test.partition("::")[0] in stock):
-            problems.append(Problem(suite.name, test, "a known failure that names no test: correct or drop it"))
-        elif test in before and before[test].outcome != "passed":
-            what = f"a known failure that is {before[test].outcome} on stock JAX too: drop it"
-            problems.append(Problem(suite.name, test, what))
     replaced = _sum(after, "replaced")
+    wrong = [
+        *_differing(passed, after, {test: jaxext[files[test]] for test in passed}, known),
+        *_dying(stock, jaxext),
+        *_stale(known, before, [*stock] if not whole else None, suite.cwd),
+    ]
     if not passed:
-        problems.append(Problem(suite.name, "(all)", "no test passes on stock JAX, so nothing was compared"))
+        wrong.append(("(all)", "no test passes on stock JAX, so nothing was compared"))
     elif whole and suite.expects_replacements and not replaced:
-        problems.append(Problem(suite.name, "(all)", "no kernel call was replaced, but expects_replacements is set"))
+        wrong.append(("(all)", "no kernel call was replaced, but expects_replacements is set"))
     return Comparison(
         suite=suite,
-        problems=tuple(problems),
+        problems=tuple(Problem(suite.name, test, what) for test, what in wrong),
         known={test: known[test] for test in passed if test in known},
         tests=len(before.keys() | after.keys()),
         stock=len(passed),
@@ -89,12 +82,37 @@ def compare(
     )
 
 
+def _differing(
+    passed: list[str], after: Mapping[str, TestResult], files: Mapping[str, FileResult], known: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    for test in passed:
+        result = after.get(test) or TestResult("error", error=files[test].collection or "it was not collected")
+        if result.outcome == "passed" and test in known:
+            yield test, f"passes, but is a known failure ({known[test]}): drop it"
+        elif result.outcome != "passed" and test not in known:
+            yield test, f"{result.outcome}: {result.error}"
+
+
+def _dying(stock: Mapping[str, FileResult], jaxext: Mapping[str, FileResult]) -> Iterator[tuple[str, str]]:
+    for file, result in jaxext.items():
+        if result.at_exit and not stock[file].at_exit:
+            yield file, f"between tests or after the last: {result.at_exit}"
+
+
+def _stale(
+    known: Mapping[str, str], before: Mapping[str, TestResult], files: list[str] | None, cwd: str
+) -> Iterator[tuple[str, str]]:
+    """Known failures that are none; `files`: those that ran, None for all."""
+    for test in known:
+        file = posixpath.normpath(posixpath.join(cwd, test.partition("::")[0]))
+        if test not in before and (files is None or file in files):
+            yield test, "a known failure that names no test: correct or drop it"
+        elif test in before and before[test].outcome != "passed":
+            yield test, f"a known failure that is {before[test].outcome} on stock JAX too: drop it"
+
+
 def _by_test(results: Mapping[str, FileResult]) -> dict[str, TestResult]:
     return {test: result for file in results.values() for test, result in file.tests.items()}
-
-
-def _missing(file: FileResult) -> TestResult:
-    return TestResult("error", error=file.collection or "it was not collected")
 
 
 def _sum(results: Mapping[str, TestResult], what: str) -> dict[str, int]:

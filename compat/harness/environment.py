@@ -93,7 +93,7 @@ def prepare(suite: Suite, base: Base, cache: Path) -> Prepared:
     Raises:
       CompatError: pip fails, with its last line, or the index has no source distribution.
     """
-    source = _source(suite, base, cache / "sources")
+    source = _source(suite, base, cache)
     folder = cache / "environments" / f"{suite.name}-{base.platform}"
     python = folder / "bin" / "python"
     wanted = [f"{suite.package}=={suite.version}", *suite.requires]
@@ -118,10 +118,15 @@ def _make(folder: Path, python: Path, wanted: list[str], base: Base, suite: Suit
     _run([*pip, "install", "--quiet", "--constraint", str(constraints), *wanted], suite)
 
 
+def source_folder(suite: Suite, cache: Path) -> Path:
+    """Where the suite's unpacked source is, or will be."""
+    return cache / "sources" / f"{suite.package}-{suite.version}"
+
+
 def _source(suite: Suite, base: Base, cache: Path) -> Path:
-    folder = cache / f"{suite.package}-{suite.version}"
+    folder = source_folder(suite, cache)
     if not folder.exists():
-        archives = cache / "archives" / f"{suite.package}-{suite.version}"
+        archives = cache / "archives" / folder.name
         pip = [base.executable, "-m", "pip", "--disable-pip-version-check"]
         fetch = ["download", "--quiet", "--no-deps", "--no-binary", suite.package, "--dest", str(archives)]
         _run([*pip, *fetch, f"{suite.package}=={suite.version}"], suite)

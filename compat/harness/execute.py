@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -20,10 +21,11 @@ from .suite import Suite
 PLUGIN = Path(__file__).parents[1] / "pytest_plugin"
 # The machine's settings would differ from one caller to the next.
 _NOT_PASSED_ON = ("JAX", "JAXEXT_", "XLA_", "PYTEST_", "PYTHONPATH", "PYTHONSTARTUP")
-_FINISHED = {0, 1, 2, 5}  # pytest: passed, failed, interrupted by errors of collection, no tests
+_GAVE_UP = (3, 4)  # pytest: an internal error, or options or a conftest.py that it cannot work with
+_PROBLEMS = ("collection", "exit")
 
 sys.path.insert(0, str(PLUGIN))
-import jaxext_compat as plugin  # noqa: E402
+import jaxext_compat as plugin  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 class Processes:
@@ -115,28 +117,34 @@ def _round(job: Job, processes: Processes, log: Path) -> bool:
     folder = job.prepared.source / job.suite.cwd
     code = processes.run(job.command(), log, job.suite.timeout, cwd=folder, env=job.environment())
     events = plugin.read(job.record)[before:]
-    if any("finished" in event for event in events):
-        return True
-    if code is not None and code >= 0 and (code in _FINISHED or not events):
-        # Nothing was run, nothing died: an option or a conftest.py that pytest cannot work with.
+    running = unfinished(events)
+    if running is None and (code in _GAVE_UP or (code is not None and code >= 0 and not events)):
         tail = "\n  ".join(log.read_text(errors="replace").strip().splitlines()[-8:])
         raise CompatError(f"suite {job.suite.name}, {job.file}: pytest gave up (exit code {code}):\n  {tail}")
-    outcome, error = _death(code, job.suite.timeout)
-    running = unfinished(events)
-    if running is None and not any("outcome" in event for event in events):
-        _append(job.record, {"collection": job.file, "error": error})
+    finished = any("finished" in event for event in events)
+    if finished and code is not None and code >= 0:
         return True
-    # A test that was not the first of its process may only have come when the time was nearly up.
-    first = next(event["test"] for event in events if "test" in event)
-    if running is not None and (outcome == "crashed" or running == first):
-        _append(job.record, {"test": running, "outcome": outcome, "error": error, "seconds": 0.0})
-    return running is None
+    outcome, error = _death(code, job.suite.timeout)
+    if running is None and not any("outcome" in event for event in events):
+        _append(job.record, {"exit" if finished else "collection": job.file, "error": error})
+        return True
+    if running is None:
+        _append(job.record, {"exit": job.file, "error": error})
+    elif outcome == "crashed" or _had_time(running, events, job.suite.timeout):
+        _append(job.record, {"test": running["test"], "outcome": outcome, "error": error, "seconds": 0.0})
+    return finished
 
 
-def unfinished(events: list[dict[str, Any]]) -> str | None:
-    """The test that was running when the process died."""
+def _had_time(running: dict[str, Any], events: list[dict[str, Any]], timeout: float) -> bool:
+    """False for a test that came when the time was nearly up: it runs again, as the first of the next process."""
+    first = next(event for event in events if "test" in event)
+    return running is first or time.time() - running["start"] > timeout / 2
+
+
+def unfinished(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The start of the test that was running when the process died."""
     tests = [event for event in events if "test" in event]
-    return tests[-1]["test"] if tests and "outcome" not in tests[-1] else None
+    return tests[-1] if tests and "outcome" not in tests[-1] else None
 
 
 def _death(code: int | None, timeout: float) -> tuple[str, str]:
@@ -149,7 +157,7 @@ def _death(code: int | None, timeout: float) -> tuple[str, str]:
 
 def _append(record: Path, event: dict[str, Any]) -> None:
     with record.open("a") as file:
-        file.write(plugin.json.dumps(event) + "\n")
+        file.write(json.dumps(event) + "\n")
 
 
 def _result(events: list[dict[str, Any]], seconds: float) -> FileResult:
@@ -158,5 +166,5 @@ def _result(events: list[dict[str, Any]], seconds: float) -> FileResult:
         for event in events
         if "outcome" in event
     }
-    collection = next((event["error"] for event in events if "collection" in event), "")
-    return FileResult(tests, collection, round(seconds, 1))
+    collection, at_exit = (next((event["error"] for event in events if kind in event), "") for kind in _PROBLEMS)
+    return FileResult(tests, collection, at_exit, round(seconds, 1))

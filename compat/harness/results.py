@@ -39,11 +39,13 @@ class FileResult:
     Attributes:
       tests: result by pytest id.
       collection: why pytest could not collect the file; "" where it could.
+      at_exit: how a process died after a test had ended, or all; "" where none did.
       seconds: wall time of its processes.
     """
 
     tests: Mapping[str, TestResult]
     collection: str = ""
+    at_exit: str = ""
     seconds: float = 0.0
 
 
@@ -57,15 +59,15 @@ class Store:
         name = file.replace("/", "__")
         return self.folder / platform / suite / side / f"{name}.json"
 
-    def load(self, path: Path, key: Mapping[str, Any] | None = None) -> FileResult | None:
-        """What was recorded under `key`, or under any key where it is None."""
+    def load(self, path: Path, key: Mapping[str, Any]) -> FileResult | None:
+        """What was recorded, where it was under a key that has all of `key`."""
         if not path.exists():
             return None
         data = json.loads(path.read_text())
-        if key is not None and data["key"] != key:
+        if data["key"] | dict(key) != data["key"]:
             return None
         tests = {test: TestResult(**result) for test, result in data["tests"].items()}
-        return FileResult(tests, data["collection"], data["seconds"])
+        return FileResult(tests, data["collection"], data["at_exit"], data["seconds"])
 
     def save(self, path: Path, key: Mapping[str, Any], result: FileResult) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 class _Recorder:
     def __init__(self, config: pytest.Config) -> None:
-        self._path: Path = config.getoption("--jaxext-record")
+        self._path = Path(str(config.getoption("--jaxext-record")))
         self._with_jaxext = config.getoption("--jaxext-side") == "jaxext"
         self._done = {event["test"] for event in read(self._path) if "outcome" in event}
         self._reports: list[pytest.TestReport] = []
@@ -63,7 +63,7 @@ class _Recorder:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self._write(test=item.nodeid)
+        self._write(test=item.nodeid, start=time.time())
         self._reports.clear()
         start = time.perf_counter()
         with self._collecting() as report:
