@@ -58,6 +58,10 @@ def _run(options: argparse.Namespace, compat: Path, console: Console) -> int:
     suites = suite.find(compat / "suites", options.suite)
     if options.quick:
         suites = [item for item in suites if item.quick]
+    if not suites:
+        raise CompatError(
+            "--quick: none of these suites has a quick subset." if options.quick else "no suite is there."
+        )
     if options.workers < 1:
         raise CompatError(f"--workers {options.workers}: expected at least 1.")
     base = probe(options.python)
@@ -99,7 +103,7 @@ def _work(run: schedule.Run, ready: list[schedule.SuiteRun], console: Console) -
 
 
 def _show(comparisons: list[Comparison], errors: list[str], console: Console) -> None:
-    table = Table("suite", "tests", "pass on stock", "pass on jaxext", "known failures", "kernel calls", "fall-backs")
+    table = Table("suite", "tests", "pass on stock", "on jaxext", "known failures", "kernel calls", "fall-backs")
     for item in comparisons:
         numbers = (item.tests, item.stock, item.jaxext, len(item.known), _sum(item.replaced), _sum(item.fallbacks))
         table.add_row(item.suite.name, *map(str, numbers))

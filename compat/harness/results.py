@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 STOCK, JAXEXT = SIDES = ("stock", "jaxext")
+# Part of every key: results in an older form are made again.
+_FORM = {"form": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Store:
         if not path.exists():
             return None
         data = json.loads(path.read_text())
-        if data["key"] | dict(key) != data["key"]:
+        if data["key"] | _FORM | dict(key) != data["key"]:
             return None
         tests = {test: TestResult(**result) for test, result in data["tests"].items()}
         return FileResult(tests, data["collection"], data["at_exit"], data["seconds"])
@@ -72,5 +74,5 @@ class Store:
     def save(self, path: Path, key: Mapping[str, Any], result: FileResult) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps({"key": dict(key), **dataclasses.asdict(result)}, indent=1))
+        unfinished.write_text(json.dumps({"key": _FORM | dict(key), **dataclasses.asdict(result)}, indent=1))
         unfinished.replace(path)
