@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def prepare(suite: Suite, base: Base, cache: Path) -> Prepared:
     Raises:
       CompatError: pip fails, with its last line, or the index has no source distribution.
     """
-    source = _source(suite, base, cache)
+    with _fetching:
+        source = _source(suite, base, cache)
     folder = cache / "environments" / f"{suite.name}-{base.platform}"
     python = folder / "bin" / "python"
     wanted = [f"{suite.package}=={suite.version}", *suite.requires]
@@ -116,6 +118,10 @@ def _make(folder: Path, python: Path, wanted: list[str], base: Base, suite: Suit
     constraints.write_text(f"jax=={base.jax}\njaxlib=={base.jaxlib}\n")
     pip = [base.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
     _run([*pip, "install", "--quiet", "--constraint", str(constraints), *wanted], suite)
+
+
+# Suites of one release share its source.
+_fetching = threading.Lock()
 
 
 def source_folder(suite: Suite, cache: Path) -> Path:

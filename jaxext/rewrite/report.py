@@ -128,9 +128,17 @@ def collecting(report: Report) -> Iterator[Report]:
         _collectors.reports.remove(report)
 
 
+_everywhere: list[Report] = []
+
+
+def collect_everywhere(report: Report) -> None:
+    """What is rewritten by any thread from now on is recorded in `report` too."""
+    _everywhere.append(report)
+
+
 @contextmanager
 def collect() -> Iterator[Report]:
-    """What this thread's programs are given inside the `with`: replacements, near misses and fall-backs, as they come.
+    """What programs are given inside the `with`, in any thread: replacements, near misses and fall-backs, as they come.
 
     A program is rewritten when JAX traces it. A jitted function that has run with these shapes before is not traced
     again, and so is not in the report; `jaxext.explain` traces anew. Several may be open at once, each has all.
@@ -138,16 +146,12 @@ def collect() -> Iterator[Report]:
     Yields:
       a `Report`, empty where neither `install` nor `accelerate` is at work.
     """
-    with collecting(Report()) as report:
+    report = Report()
+    collect_everywhere(report)
+    try:
         yield report
-
-
-_everywhere: list[Report] = []
-
-
-def collect_everywhere(report: Report) -> None:
-    """What is rewritten by any thread from now on is recorded in `report` too."""
-    _everywhere.append(report)
+    finally:
+        _everywhere.remove(report)
 
 
 def is_collecting() -> bool:

@@ -14,10 +14,9 @@ from harness.errors import CompatError
 from harness.results import FileResult, TestResult
 from harness.suite import Suite
 
-import jaxext
-
 PROJECT = Path(__file__).parent / "fake_project"
-BASE = environment.Base(sys.executable, "3.11.7", jax.__version__, "", (), Path(jaxext.__file__).parent)
+# In place of jaxext's folder one that nobody edits while the tests run.
+BASE = environment.Base(sys.executable, "3.11.7", jax.__version__, "", (), PROJECT)
 PREPARED = environment.Prepared(sys.executable, PROJECT)
 SUITE = """
 name = "fake"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -225,3 +226,11 @@ def test_collect_leaves_out_what_is_compiled_already():
         step(X)
         jax.jit(jax.grad(loss))(X)
     assert not report
+
+
+def test_collect_has_what_other_threads_trace():
+    with jaxext.collect() as report:
+        thread = threading.Thread(target=jaxext.accelerate(jax.grad(loss)), args=(X,))
+        thread.start()
+        thread.join()
+    assert report.kernels() == {"attention"}
