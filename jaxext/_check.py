@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _jax_compat as compat
 from . import _settings
 from .rewrite.report import Report, collecting
 
@@ -29,6 +30,9 @@ class CheckError(AssertionError):
 class Checked:
     """An accelerated function whose first call is compared with plain JAX; all else is the function's.
 
+    A call inside another function that is being traced is not compared, nor is it the first; one that fails is not
+    either.
+
     A leaf passes where its largest difference is at most 1e-4 (2e-2 where kernels compute in bfloat16 or float16) of
     its largest value, plus 8 times the change that perturbing the arguments by one rounding makes in plain JAX. The
     second term matters where a small difference is blown up by the step itself, as by Adam where a gradient is zero.
@@ -42,9 +46,18 @@ class Checked:
         self._checked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, compat.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            # Part of a larger trace: there are no results to compare yet.
+            return self.__wrapped__(*args, **kwargs)
         with self._lock:
             first, self._checked = not self._checked, True
-        return _checked_call(self.__wrapped__, args, kwargs) if first else self.__wrapped__(*args, **kwargs)
+        if not first:
+            return self.__wrapped__(*args, **kwargs)
+        try:
+            return _checked_call(self.__wrapped__, args, kwargs)
+        except BaseException:
+            self._checked = False
+            raise
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)

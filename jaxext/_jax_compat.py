@@ -40,6 +40,7 @@ except ImportError as error:
 Literal = jex_core.Literal
 Tracer = core.Tracer
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
+_JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 OLDEST_JAX = (0, 10, 2)
 
 # ---------------------------------------------------------------- jaxprs
@@ -109,6 +110,18 @@ def operands(eqn: Any, parameter: str) -> list[int | None]:
 
 def is_ref(x: Any) -> bool:
     """True for a mutable array (`jax.new_ref`)."""
+def differentiates_its_body(eqn: Any) -> bool:
+    """True for a custom_jvp call of JAX's own, whose rule is the derivative of what it computes; a user's may be any.
+
+    Rules given by `defjvps` are not counted: JAX wraps a user's and its own in the same function.
+    """
+    body, _ = open_jaxpr(eqn.params["call_jaxpr"])
+    rule = getattr(eqn.params["jvp_jaxpr_fun"], "debug_info", None)
+    if body.debug_info is None or rule is None or "custom_derivatives.py" in rule.func_src_info:
+        return False
+    return all(_JAX_FOLDER in info.func_src_info for info in (body.debug_info, rule))
+
+
     return isinstance(jax.typeof(x), AbstractRef)
 
 
@@ -148,6 +161,12 @@ def shard_map_options(params: dict[str, Any]) -> dict[str, Any]:
         "check_vma": params["check_vma"],
         "axis_names": set(params["newly_manual_axes"]),
     }
+
+def explicit_sharding(aval: Any) -> tuple[Any, ...]:
+    """The mesh axes in an array's type, by dimension (explicit sharding); () where there are none."""
+    spec = tuple(getattr(getattr(aval, "sharding", None), "spec", ()))
+    return spec if any(axis is not None for axis in spec) else ()
+
 
 
 def bind(eqn: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -271,8 +271,8 @@ def _define_backward(forward: Op, backward: Op, n_saved: int, outputs: tuple[int
         return jax.vjp(run, *(operands[i] for i in wrt))[1](tuple(cotangents))
 
     def backward_avals(*avals: Any, wrt: tuple[int, ...], **params: Any) -> Sequence[Any]:
-        roles = output_roles(len(wrt), wrt=wrt, **params)
-        return tuple(_like(forward, avals[0], r, avals[i].shape, avals[i].dtype) for r, i in zip(roles, wrt))
+        # A gradient has its operand's type, explicit sharding included.
+        return tuple(avals[i].update(weak_type=False) for i in wrt)
 
     def output_roles(n_outputs: int, *, wrt: tuple[int, ...], **params: Any) -> Sequence[Role]:
         roles = forward.roles(max(wrt, default=0) + 1, **params)
@@ -319,9 +319,9 @@ def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int])
         operands, outs, moving = split(xs, which)
         dense = [_zeros_like(c) for c in cotangents]
         wanted = [ad.is_undefined_primal(m) for m in moving]
-        assert all(wanted), "linear in its tangents"
-        grads = forward.backward(*operands, *outs, *dense, wrt=which, **params)
-        return [None] * (len(operands) + len(outs)) + list(grads)
+        wrt = tuple(i for i, wants in zip(which, wanted) if wants)
+        grads = iter(forward.backward(*operands, *outs, *dense, wrt=wrt, **params))
+        return [None] * (len(operands) + len(outs)) + [next(grads) if wants else None for wants in wanted]
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
         dense = tuple(_zeros_like(t) for t in tangents)
@@ -335,4 +335,5 @@ def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int])
     ad.primitive_transposes[linear] = transpose
     ad.primitive_jvps[linear] = jvp
     batching.primitive_batchers[linear] = batch
+        # A tangent that is known, such as one of zeros, has no cotangent.
     return linear

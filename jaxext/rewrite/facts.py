@@ -45,6 +45,8 @@ _FOLDS: dict[str, Callable[..., Any]] = {
     "not": np.logical_not,
     "is_finite": np.isfinite,
 }
+# On integers these work bit by bit.
+_LOGICAL = frozenset(("and", "or", "not"))
 _SCALAR_DEPTH = 16
 # Constants above this many elements are not searched for a single value.
 _LARGEST_UNIFORM = 1 << 16
@@ -148,7 +150,7 @@ class Facts:
         if name == "select_n" and len(node.inputs) == 3:
             which = self._scalar(node.inputs[0], depth)
             return None if which is None else self._scalar(node.inputs[1 + int(bool(which))], depth)
-        if name not in _FOLDS:
+        if name not in _FOLDS or (name in _LOGICAL and value.dtype != np.bool_):
             return None
         operands = []
         for operand in node.inputs:
@@ -240,9 +242,12 @@ def _uniform(const: Any) -> float | None:
 
 
 def _rounded(number: Any, value: Value) -> float | None:
-    """`number` in the precision that the graph computes it in."""
+    """`number` in the precision that the graph computes it in; None where an integer would wrap around."""
     if number is None:
         return None
+    if value.dtype.kind in "iu":
+        held = np.iinfo(value.dtype)
+        return float(int(number)) if held.min <= number <= held.max else None
     with np.errstate(all="ignore"):
         return float(np.asarray(number).astype(value.dtype))
 

@@ -191,8 +191,9 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
             if match is None or match.kernel in settings.exclude or _left_out(match.kernel, node):
                 continue
             covers = _covered(match)
-            if match.refusal is not None:
-                plan.report.fallbacks.append(_entry(match.kernel, node, match, match.refusal))
+            refusal = match.refusal or _explicit_sharding(match)
+            if refusal is not None:
+                plan.report.fallbacks.append(_entry(match.kernel, node, match, refusal))
                 refused.setdefault(pattern.kernel, set()).update(covers)
                 continue
             covered |= covers
@@ -247,6 +248,20 @@ def _check_reachable(match: Match) -> None:
     for value in (*match.roots, *match.inputs):
         if value.node is not None and value.node.position < 0:
             raise NoMatch("an input exists only inside a function with a custom derivative", near=True)
+
+
+def _explicit_sharding(match: Match) -> str | None:
+    """Why a kernel cannot stand where the arrays' types say how they are sharded, None where it can."""
+    if not any(compat.explicit_sharding(value.aval) for value in (*match.inputs, *match.roots)):
+        return None
+    try:
+        types = compat.out_types(compat.trace(match.call, [value.aval for value in match.inputs]))
+    except Exception as error:  # JAX has several types of its own for types that do not go together; it is reported
+        return f"the explicit shardings do not fit the kernel ({str(error).splitlines()[0]})"
+    for root, now in zip(match.roots, types):
+        if compat.explicit_sharding(root.aval) != compat.explicit_sharding(now):
+            return f"its result is {compat.short_type(root.aval)}, the kernel would give {compat.short_type(now)}"
+    return None
 
 
 def _left_out(kernel: str, node: Node) -> bool:

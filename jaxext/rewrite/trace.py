@@ -20,8 +20,9 @@ class Value:
     """One array in a graph.
 
     ``node`` produced it (None for an input or a constant). ``const`` is the concrete array of a literal or of a
-    constant that the function closed over, else None. ``inner`` is the value inside a custom_jvp body that this value
-    is computed as: matchers may look through it, and what they do not match is emitted as the opaque call it was.
+    constant that the function closed over, else None. ``inner`` is the value inside a custom_jvp body of JAX's own that
+    this value is computed as: matchers may look through it, and what they do not match is emitted as the opaque call it
+    was. A user's custom derivative is never looked into, as a kernel would not keep it.
     ``origin``, of an input of a function inside an operation, is the value of the enclosing graph that it always is
     (not a loop's carry or slice): it says what the input is, and cannot be computed with.
     """
@@ -160,7 +161,7 @@ def _flatten(
             outputs = node.outputs
             if not hidden:
                 graph.nodes.append(node)
-            if node.primitive == "custom_jvp_call":
+            if node.primitive == "custom_jvp_call" and compat.differentiates_its_body(eqn):
                 _look_inside(graph, node)
         env.update(zip(eqn.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]

@@ -65,13 +65,23 @@ def test_users_are_nodes_in_program_order_each_once():
     assert graph.users(graph.outputs[0]) == []
 
 
-def test_custom_jvp_is_one_node_that_can_be_looked_into():
-    graph = trace.build(jax.make_jaxpr(jax.nn.relu)(X))
+def test_custom_jvp_of_jax_is_one_node_that_can_be_looked_into():
+    with jax.softmax_custom_jvp(True):
+        graph = trace.build(jax.make_jaxpr(jax.nn.softmax)(X))
     (node,) = graph.nodes
     assert node.primitive == "custom_jvp_call"
     inner = graph.outputs[0].inner
-    assert inner is not None and inner.node.primitive == "max" and inner.node.position == -1
-    assert inner.node.inputs[0] is graph.inputs[0]
+    assert inner is not None and inner.node.primitive == "div" and inner.node.position == -1
+
+
+def test_custom_jvp_of_a_user_is_opaque():
+    negated = jax.custom_jvp(lambda x: x * 1.0)
+    negated.defjvp(lambda primals, tangents: (negated(*primals), -tangents[0]))
+    by_parts = jax.custom_jvp(lambda x: x * 1.0)
+    by_parts.defjvps(lambda tangent, out, x: -tangent)
+    for function in (negated, by_parts):
+        graph = trace.build(jax.make_jaxpr(function)(X))
+        assert graph.outputs[0].node.primitive == "custom_jvp_call" and graph.outputs[0].inner is None
 
 
 def test_inputs_of_functions_inside_operations_know_where_they_come_from():
@@ -211,16 +221,16 @@ def test_excluded_kernels_are_not_matched():
 
 
 def test_inputs_inside_a_custom_derivative_cannot_be_taken():
-    hidden = jax.custom_jvp(lambda x: jnp.exp(x) * 2)
-    hidden.defjvp(lambda primals, tangents: (hidden(*primals), tangents[0]))
-
     def match(root, graph):
         inner = root.node.inputs[0].inner
         if inner is None:
             raise NoMatch("not a call")
         return Match("attention", (root,), tuple(inner.node.inputs[:1]), lambda x: (x,), "")
 
-    plan = planned(lambda x: jnp.sin(hidden(x)), X, patterns=(Pattern("attention", frozenset({"sin"}), match),))
+    with jax.softmax_custom_jvp(True):
+        plan = planned(
+            lambda x: jnp.sin(jax.nn.softmax(x)), X, patterns=(Pattern("attention", frozenset({"sin"}), match),)
+        )
     assert not plan.changes()
     assert plan.report.missed[0].reason == "an input exists only inside a function with a custom derivative"
 

@@ -204,3 +204,27 @@ def test_a_mask_that_compares_other_positions_is_exact():
     for spelling in (blocks, alternating):
         assert_agrees(spelling, *qkv())
         assert report_of(spelling, *qkv()).kernels() == {"attention"}
+
+
+UNLIKE_NUMBERS = {
+    "bits of flags": lambda flags: (flags[:, None, None, :] & 2) != 0,
+    "bits turned over": lambda flags: ~flags[:, None, None, :],
+    "bits joined": lambda flags: ((flags[:, None, :, None] | 4) & flags[:, None, None, :]) != 0,
+    "unsigned difference": lambda flags: jnp.arange(T, dtype=jnp.uint32)[:, None] - jnp.arange(T).astype("uint32") >= 0,
+    "wrapped": lambda flags: (jnp.arange(T, dtype=jnp.int8) * 100)[:, None] >= (jnp.arange(T, dtype=jnp.int8) * 100),
+    "rounded": lambda flags: (
+        (jnp.arange(T, dtype=jnp.bfloat16) + 300)[:, None] > (jnp.arange(T, dtype=jnp.bfloat16) + 300)
+    ),
+    "a segment is a fraction": lambda flags: (flags / 4)[:, None, :, None] == (flags / 4)[:, None, None, :],
+    "bits of one number": lambda flags: jnp.full((T, T), 6) & jnp.full((T, T), 1),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE_NUMBERS)
+def test_integer_masks_count_bits_and_wrap_around_as_in_stock_jax(name):
+    flags = jnp.asarray(np.random.default_rng(1).integers(0, 8, (B, T)), jnp.int32)
+    assert_agrees(lambda q, k, v, flags: attend(q, k, v, UNLIKE_NUMBERS[name](flags)), *qkv(), flags)
+
+
+def test_a_scale_computed_from_the_bits_of_integers_is_exact():
+    assert_agrees(lambda q, k, v: attend(q * (jnp.int32(6) & jnp.int32(3)), k, v, i() >= j()), *qkv())

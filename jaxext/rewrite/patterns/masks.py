@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
+from jax import numpy as jnp
 
 from ..axes import Axis, View, climb, operand, shrink, up
 from ..facts import ALIASES, CAST, LAYOUT, Facts, constant, resolve, source
@@ -130,9 +131,10 @@ def _split(facts: Facts, part: Slice, wanted: bool) -> tuple[Condition, ...] | N
         return _conditions(facts, above, wanted)
     name = node.primitive
     operands = [_input(value, part) for value in node.inputs]
-    if name == "not":
+    if name == "not" and value.dtype == np.bool_:
         return _conditions(facts, operands[0], not wanted)
-    if name in ("and", "or", "mul", "min", "max") and (name in ("and", "or") or _is_indicator(facts, value)):
+    # On integers `and`, `or` and `not` work bit by bit.
+    if name in ("and", "or", "mul", "min", "max") and _is_indicator(facts, value):
         if (name in ("and", "mul", "min")) == wanted:
             return _all(facts, operands, wanted)
         return _either(facts, operands, wanted)
@@ -245,6 +247,8 @@ def _of_equality(facts: Facts, left: Slice, right: Slice, wanted: bool) -> tuple
         difference = a.minus(b)
         one, other = difference.nonnegative(), difference.times(-1).nonnegative()
         return None if one is None or other is None else (*one, *other)
+    if not jnp.issubdtype(left.value.dtype, np.integer) or left.value.dtype.itemsize > 4:
+        return None  # the kernel compares integers of 32 bits
     sides = [_reach(facts, side) for side in (left, right)]
     views = [side.view for side in sides]
     if not wanted or any(view is None or not _at_hand(view.value) for view in views):
@@ -370,10 +374,15 @@ class Affine:
             total[axis] = total.get(axis, 0) - coefficient
         return Affine(tuple((a, c) for a, c in total.items() if c), self.constant - other.constant)
 
-    def nonnegative(self) -> tuple[Condition, ...] | None:
-        """Where the value is at least 0, None where that is no band."""
+    def extremes(self) -> tuple[int, int]:
+        """The smallest and the largest value."""
         low = self.constant + sum(min(0, c * (axis.size - 1)) for axis, c in self.terms)
         high = self.constant + sum(max(0, c * (axis.size - 1)) for axis, c in self.terms)
+        return low, high
+
+    def nonnegative(self) -> tuple[Condition, ...] | None:
+        """Where the value is at least 0, None where that is no band."""
+        low, high = self.extremes()
         if low >= 0:
             return ()
         if high < 0:
@@ -386,7 +395,25 @@ class Affine:
 
 
 def affine(facts: Facts, part: Slice) -> Affine | None:
-    """The integer expression `part` as a function of its positions."""
+    """The integer expression `part` as a function of its positions, None too where it would not fit its type."""
+    found = _affine(facts, part)
+    if found is None:
+        return None
+    (low, high), (least, largest) = found.extremes(), _exact(part.value.dtype)
+    return found if least <= low and high <= largest else None
+
+
+def _exact(dtype: np.dtype) -> tuple[int, int]:
+    """The range in which a type holds every whole number."""
+    if dtype == np.bool_:
+        return 0, 1
+    if jnp.issubdtype(dtype, np.integer):
+        return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    largest = 2 ** (int(jnp.finfo(dtype).nmant) + 1)
+    return -largest, largest
+
+
+def _affine(facts: Facts, part: Slice) -> Affine | None:
     number = facts.scalar(part.value)
     if number is not None:
         return Affine((), int(number)) if number == int(number) else None
@@ -495,7 +522,7 @@ def _is_indicator(facts: Facts, value: Value, depth: int = 8) -> bool:
     name = node.primitive
     if name in LAYOUT or name in ALIASES or name in (CAST, "slice", "dynamic_slice", "rev"):
         return _is_indicator(facts, node.inputs[0], depth - 1)
-    if name in ("mul", "min", "max"):
+    if name in ("and", "or", "mul", "min", "max"):
         return all(_is_indicator(facts, operand, depth - 1) for operand in node.inputs)
     if name == "select_n":
         return all(_is_indicator(facts, case, depth - 1) for case in node.inputs[1:])
