@@ -88,6 +88,18 @@ def called_jaxpr(eqn: Any) -> Any:
     return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
 
 
+def differentiates_its_body(eqn: Any) -> bool:
+    """True for a custom_jvp call of JAX's own, whose rule is the derivative of what it computes; a user's may be any.
+
+    Rules given by `defjvps` are not counted: JAX wraps a user's and its own in the same function.
+    """
+    body, _ = open_jaxpr(eqn.params["call_jaxpr"])
+    rule = getattr(eqn.params["jvp_jaxpr_fun"], "debug_info", None)
+    if body.debug_info is None or rule is None or "custom_derivatives.py" in rule.func_src_info:
+        return False
+    return all(_JAX_FOLDER in info.func_src_info for info in (body.debug_info, rule))
+
+
 def operands(eqn: Any, parameter: str) -> list[int | None]:
     """For each argument of a function inside `eqn`: the operand that it always is, None where that varies."""
     params, count = eqn.params, len(eqn.invars)
@@ -110,18 +122,6 @@ def operands(eqn: Any, parameter: str) -> list[int | None]:
 
 def is_ref(x: Any) -> bool:
     """True for a mutable array (`jax.new_ref`)."""
-def differentiates_its_body(eqn: Any) -> bool:
-    """True for a custom_jvp call of JAX's own, whose rule is the derivative of what it computes; a user's may be any.
-
-    Rules given by `defjvps` are not counted: JAX wraps a user's and its own in the same function.
-    """
-    body, _ = open_jaxpr(eqn.params["call_jaxpr"])
-    rule = getattr(eqn.params["jvp_jaxpr_fun"], "debug_info", None)
-    if body.debug_info is None or rule is None or "custom_derivatives.py" in rule.func_src_info:
-        return False
-    return all(_JAX_FOLDER in info.func_src_info for info in (body.debug_info, rule))
-
-
     return isinstance(jax.typeof(x), AbstractRef)
 
 
@@ -138,6 +138,12 @@ def same_type(a: Any, b: Any) -> bool:
 def vma(x: Any) -> frozenset[str]:
     """The mesh axes of the enclosing shard_map over which `x` varies."""
     return getattr(jax.typeof(x), "vma", frozenset())
+
+
+def explicit_sharding(aval: Any) -> tuple[Any, ...]:
+    """The mesh axes in an array's type, by dimension (explicit sharding); () where there are none."""
+    spec = tuple(getattr(getattr(aval, "sharding", None), "spec", ()))
+    return spec if any(axis is not None for axis in spec) else ()
 
 
 def with_weak_type(x: Any, aval: Any) -> Any:
@@ -161,12 +167,6 @@ def shard_map_options(params: dict[str, Any]) -> dict[str, Any]:
         "check_vma": params["check_vma"],
         "axis_names": set(params["newly_manual_axes"]),
     }
-
-def explicit_sharding(aval: Any) -> tuple[Any, ...]:
-    """The mesh axes in an array's type, by dimension (explicit sharding); () where there are none."""
-    spec = tuple(getattr(getattr(aval, "sharding", None), "spec", ()))
-    return spec if any(axis is not None for axis in spec) else ()
-
 
 
 def bind(eqn: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:

@@ -318,6 +318,7 @@ def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int])
         assert forward.backward is not None
         operands, outs, moving = split(xs, which)
         dense = [_zeros_like(c) for c in cotangents]
+        # A tangent that is known, such as one of zeros, has no cotangent.
         wanted = [ad.is_undefined_primal(m) for m in moving]
         wrt = tuple(i for i, wants in zip(which, wanted) if wants)
         grads = iter(forward.backward(*operands, *outs, *dense, wrt=wrt, **params))
@@ -335,5 +336,4 @@ def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int])
     ad.primitive_transposes[linear] = transpose
     ad.primitive_jvps[linear] = jvp
     batching.primitive_batchers[linear] = batch
-        # A tangent that is known, such as one of zeros, has no cotangent.
     return linear
