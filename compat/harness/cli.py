@@ -55,16 +55,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, compat: Path, console: Console) -> int:
-    suites = suite.find(compat / "suites", options.suite)
-    if options.quick:
-        suites = [item for item in suites if item.quick]
+    base = probe(options.python)
+    suites = suite.find(compat / "suites", options.suite, base.versions)
+    for item in suites:
+        if item.skip:
+            console.print(f"{item.name} is not run: {item.skip}", markup=False, highlight=False)
+    suites = [item for item in suites if not item.skip and (item.quick or not options.quick)]
     if not suites:
-        raise CompatError(
-            "--quick: none of these suites has a quick subset." if options.quick else "no suite is there."
-        )
+        raise CompatError("none of these suites has anything to run here: see --suite and --quick.")
     if options.workers < 1:
         raise CompatError(f"--workers {options.workers}: expected at least 1.")
-    base = probe(options.python)
     run = schedule.Run(base, options.cache.absolute(), options.workers, options.quick, options.rerun)
     known = {item.name: known_failures.read(_known(compat, item), base.versions) for item in suites}
     console.print(f"Python {base.python}, JAX {base.jax}: {', '.join(item.name for item in suites)}", highlight=False)

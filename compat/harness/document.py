@@ -41,12 +41,14 @@ def text(cache: Path, compat: Path) -> str:
       cache: the folder with `results`, `sources` and, from the sweep, `sweep.json`.
       compat: the folder with `suites` and `known_failures`.
     """
-    suites = suite.find(compat / "suites", [])
     lines = [_INTRODUCTION]
     for folder in sorted(path for path in (cache / "results").glob("*") if path.is_dir()):
+        python, jax = folder.name.removeprefix("py").split("-jax")
+        suites = suite.find(compat / "suites", [], {"python": python, "jax": jax})
         recorded = [found for item in suites if (found := _recorded(item, folder.name, cache, compat)) is not None]
         if recorded:
-            lines += _platform(recorded, folder.name)
+            lines += _platform(recorded, f"Python {python}, JAX {jax}")
+            lines += [f"{item.name} is not run: {item.skip}\n" for item in suites if item.skip]
     sweep = cache / "sweep.json"
     if sweep.exists():
         lines += _architectures(json.loads(sweep.read_text()))
@@ -55,7 +57,7 @@ def text(cache: Path, compat: Path) -> str:
 
 def _recorded(item: suite.Suite, platform: str, cache: Path, compat: Path) -> _Recorded | None:
     source = source_folder(item, cache)
-    if not source.exists():
+    if item.skip or not source.exists():
         return None
     store = Store(cache / "results")
     files = suite.list_files(item, source, quick=False)
@@ -73,9 +75,8 @@ def _recorded(item: suite.Suite, platform: str, cache: Path, compat: Path) -> _R
     return _Recorded(compare(item, stock, jaxext, known, whole=len(both) == len(files)), len(both), len(files))
 
 
-def _platform(recorded: list[_Recorded], platform: str) -> Iterator[str]:
-    python, jax = platform.removeprefix("py").split("-jax")
-    yield f"## Test suites: Python {python}, JAX {jax}\n"
+def _platform(recorded: list[_Recorded], title: str) -> Iterator[str]:
+    yield f"## Test suites: {title}\n"
     rows = []
     for found in recorded:
         item = found.comparison

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+from .conditions import holds
 from .errors import CompatError
-
-_COMPARISON = re.compile(r"\s*(python|jax)\s*(<=|>=|==|!=|<|>)\s*([\d.]+)\s*")
-_OPERATORS = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    ">": operator.gt,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +58,3 @@ def _checked(entry: dict[str, str], path: Path) -> KnownFailure:
     if unknown:
         raise CompatError(f"{path.name}: unknown key {unknown[0]!r} in [[failure]], expected test, reason, condition.")
     return KnownFailure(**entry)
-
-
-def holds(condition: str, versions: Mapping[str, str]) -> bool:
-    """
-    Raises:
-      CompatError: the condition is no comparison of `python` or `jax` with a version, nor several joined by `and`.
-    """
-    if not condition:
-        return True
-    return all(_compare(part, condition, versions) for part in condition.split(" and "))
-
-
-def _compare(part: str, condition: str, versions: Mapping[str, str]) -> bool:
-    found = _COMPARISON.fullmatch(part)
-    if not found:
-        raise CompatError(f"condition {condition!r}: expected such as 'python<3.12' or 'jax>=0.11 and jax<0.12'.")
-    name, comparison, bound = found.groups()
-    wanted = _numbers(bound)
-    # Only as many places are compared as the bound has: 3.11.9 is 3.11.
-    return _OPERATORS[comparison](_numbers(versions[name])[: len(wanted)], wanted)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .conditions import holds
 from .errors import CompatError
 
 
@@ -28,6 +29,7 @@ class Suite:
       quick: the files of the quick subset.
       timeout: seconds that one process, which runs one test file, may take.
       expects_replacements: the whole suite must run at least one replaced kernel call.
+      skip: why it is not run at all; "" where it is.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Suite:
     quick: tuple[str, ...] = ()
     timeout: float = 600
     expects_replacements: bool = False
+    skip: str = ""
 
 
 def _is_strings(value: Any) -> bool:
@@ -61,36 +64,41 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
 }
 
 
-def read(path: Path) -> Suite:
-    """
+def read(path: Path, versions: Mapping[str, str]) -> Suite:
+    """The suite as it is for `versions` (of `python` and `jax`): each [[when]] whose condition holds replaces keys.
+
     Raises:
-      CompatError: the file is no TOML, a key is missing, unknown or of another type.
+      CompatError: the file is no TOML, or a key is missing, unknown or of another type.
     """
     try:
         table = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise CompatError(f"{path.name}: {error}. A suite is a TOML file.") from error
+    variants = table.pop("when", [])
+    if not isinstance(variants, list) or not all(isinstance(v, dict) and "condition" in v for v in variants):
+        raise CompatError(f"{path.name}: when = {variants!r}, expected [[when]] tables with a condition each.")
     fields = {field.name: field for field in dataclasses.fields(Suite)}
-    for key in table:
-        if key not in fields:
-            raise CompatError(f"{path.name}: unknown key {key!r}, expected one of {', '.join(fields)}.")
-    values = {}
+    for name, value in [item for part in (table, *variants) for item in part.items()]:
+        if name in fields:
+            expected, fits, _ = _KINDS[str(fields[name].type)]
+            if not fits(value):
+                raise CompatError(f"{path.name}: {name} = {value!r}, expected {expected}.")
+        elif name != "condition" or name in table:
+            raise CompatError(f"{path.name}: unknown key {name!r}, expected one of {', '.join(fields)}.")
+    for variant in variants:
+        if holds(variant["condition"], versions):
+            table |= {name: value for name, value in variant.items() if name != "condition"}
     for name, field in fields.items():
-        expected, fits, convert = _KINDS[str(field.type)]
-        if name not in table:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise CompatError(f"{path.name}: {name} is missing, expected {expected}.")
-            continue
-        if not fits(table[name]):
-            raise CompatError(f"{path.name}: {name} = {table[name]!r}, expected {expected}.")
-        values[name] = convert(table[name])
-    suite = Suite(**values)
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in table:
+            raise CompatError(f"{path.name}: {name} is missing, expected {_KINDS[str(field.type)][0]}.")
+    suite = Suite(**{name: _KINDS[str(fields[name].type)][2](value) for name, value in table.items()})
     if suite.name != path.stem:
         raise CompatError(f"{path.name}: name = {suite.name!r}, expected the file's own, {path.stem!r}.")
     return suite
 
 
-def find(folder: Path, names: list[str]) -> list[Suite]:
+def find(folder: Path, names: list[str], versions: Mapping[str, str]) -> list[Suite]:
     """The suites called `names`; all of them where no name is given.
 
     Raises:
@@ -102,7 +110,7 @@ def find(folder: Path, names: list[str]) -> list[Suite]:
             raise CompatError(
                 f"--suite {name}: unknown, expected one of {', '.join(known) or 'none, for none is there'}."
             )
-    return [read(known[name]) for name in dict.fromkeys(names or known)]
+    return [read(known[name], versions) for name in dict.fromkeys(names or known)]
 
 
 def list_files(suite: Suite, source: Path, quick: bool) -> list[str]:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from harness import known_failures
+from harness.conditions import holds
 from harness.errors import CompatError
 from harness.suite import Suite, find, list_files, read
 
@@ -24,7 +25,13 @@ def write(folder, text, name="some"):
 
 def test_a_suite_is_read_with_its_defaults(tmp_path):
     path = write(tmp_path, GOOD + 'environment = { A = "b" }\ntimeout = 60\n')
-    assert read(path) == Suite("some", "Some", "1.2", ("tests",), environment={"A": "b"}, timeout=60.0)
+    assert read(path, VERSIONS) == Suite("some", "Some", "1.2", ("tests",), environment={"A": "b"}, timeout=60.0)
+
+
+def test_what_differs_between_versions_is_replaced(tmp_path):
+    path = write(tmp_path, GOOD + "[[when]]\ncondition = 'jax>=0.11'\nversion = '2'\nskip = 'why'\n")
+    assert read(path, VERSIONS) == Suite("some", "Some", "1.2", ("tests",))
+    assert read(path, {**VERSIONS, "jax": "0.12.0.1"}) == Suite("some", "Some", "2", ("tests",), skip="why")
 
 
 @pytest.mark.parametrize(
@@ -37,21 +44,25 @@ def test_a_suite_is_read_with_its_defaults(tmp_path):
         (GOOD + "timeout = 0", "some.toml: timeout = 0, expected a positive number."),
         (GOOD + "environment = { A = 1 }", "some.toml: environment = {'A': 1}, expected a table of strings."),
         (GOOD + "expects_replacements = 1", "some.toml: expects_replacements = 1, expected true or false."),
+        (GOOD + "when = 1", "some.toml: when = 1, expected [[when]] tables with a condition each."),
+        (GOOD + "[[when]]\nversion = '2'", "expected [[when]] tables with a condition each."),
+        (GOOD + "[[when]]\ncondition = 'jax>1'\nversion = 2", "some.toml: version = 2, expected a string."),
+        (GOOD + "condition = 'jax>1'", "some.toml: unknown key 'condition'"),
         (GOOD.replace('"some"', '"other"'), "some.toml: name = 'other', expected the file's own, 'some'."),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_said(tmp_path, text, message):
     with pytest.raises(CompatError, match=re.escape(message)):
-        read(write(tmp_path, text))
+        read(write(tmp_path, text), VERSIONS)
 
 
 def test_suites_are_chosen_by_name(tmp_path):
     for name in ("a", "b"):
         write(tmp_path, GOOD.replace('"some"', f'"{name}"'), name)
-    assert [suite.name for suite in find(tmp_path, [])] == ["a", "b"]
-    assert [suite.name for suite in find(tmp_path, ["b", "b"])] == ["b"]
+    assert [suite.name for suite in find(tmp_path, [], VERSIONS)] == ["a", "b"]
+    assert [suite.name for suite in find(tmp_path, ["b", "b"], VERSIONS)] == ["b"]
     with pytest.raises(CompatError, match="--suite c: unknown, expected one of a, b"):
-        find(tmp_path, ["c"])
+        find(tmp_path, ["c"], VERSIONS)
 
 
 def test_files_are_found_below_folders_and_left_out_where_excluded(tmp_path):
@@ -77,13 +88,13 @@ def test_files_are_found_below_folders_and_left_out_where_excluded(tmp_path):
     ],
 )
 def test_conditions(condition, expected):
-    assert known_failures.holds(condition, VERSIONS) is expected
+    assert holds(condition, VERSIONS) is expected
 
 
 @pytest.mark.parametrize("condition", ["numpy<2", "python", "python<3.12 or jax<1"])
 def test_a_condition_that_cannot_be_read_is_an_error(condition):
     with pytest.raises(CompatError, match=re.escape(f"condition {condition!r}: expected such as")):
-        known_failures.holds(condition, VERSIONS)
+        holds(condition, VERSIONS)
 
 
 def test_known_failures_hold_under_their_condition(tmp_path):
