@@ -269,7 +269,7 @@ struct GradientBlock {
     if (!a.dq.data) return;
     Left left = Mode::kPaired ? Left{tile.left, Mode::kKeys / 2, 1} : Left{ds, Mode::kKeys, 1};
     left.data += words<Mode>(first);
-    accumulate_product<Mode>(m.dq(head, chunk, row + i), m.key_width, left,
+    wide_product<Mode>(m.dq(head, chunk, row + i), m.key_width, left,
                              {m.key_right(slot, key) + words<Mode>(first) * m.key_width, m.key_width},
                              words<Mode>(band.last - first), m.key_width);
   }
@@ -311,11 +311,11 @@ struct GradientBlock {
         Left p{tile.probabilities + at, 1, Mode::kKeys}, ds{tile.dscores + at, 1, Mode::kKeys};
         Right dout{m.dout_right(head, row + first), m.out_width}, q{m.query_right(head, row + first), m.key_width};
         if (few) {
-          accumulate_product<Mode, kFewRows>(dv + j * m.out_width, m.out_width, p, dout, steps, m.out_width);
-          accumulate_product<Mode, kFewRows>(dk + j * m.key_width, m.key_width, ds, q, steps, m.key_width);
+          wide_product<Mode, kFewRows>(dv + j * m.out_width, m.out_width, p, dout, steps, m.out_width);
+          wide_product<Mode, kFewRows>(dk + j * m.key_width, m.key_width, ds, q, steps, m.key_width);
         } else {
-          accumulate_product<Mode>(dv + j * m.out_width, m.out_width, p, dout, steps, m.out_width);
-          accumulate_product<Mode>(dk + j * m.key_width, m.key_width, ds, q, steps, m.key_width);
+          wide_product<Mode>(dv + j * m.out_width, m.out_width, p, dout, steps, m.out_width);
+          wide_product<Mode>(dk + j * m.key_width, m.key_width, ds, q, steps, m.key_width);
         }
       }
       j += height;

@@ -18,6 +18,22 @@ int64_t wave_heads(int64_t kv_heads, int64_t floats, const Parallel& par) {
   return least(kv_heads, most(4 * par.threads, kCached * par.threads / (floats * 4 + 1)));
 }
 
+// Whether one task takes a kv head from packing to results: enough heads to occupy the threads evenly, and operands that
+// stay in a core's own cache from one head to the next.
+bool whole_heads(int64_t kv_heads, int64_t floats, const Parallel& par) {
+  constexpr int64_t kCached = int64_t{512} << 10;
+  return floats * 4 <= kCached && (par.threads <= 1 || kv_heads >= 8 * par.threads);
+}
+
+// Runs task(kv head) for all heads, few at a time where there are many.
+template <class F>
+void for_heads(const Parallel& par, int64_t kv_heads, const F& task) {
+  int64_t n = least(kv_heads, 16 * par.threads);
+  parallel_for(par, n, [&](int64_t t) {
+    for (int64_t kv = t * kv_heads / n; kv < (t + 1) * kv_heads / n; kv++) task(kv);
+  });
+}
+
 // One vector per row of partial sums, base-2 maxima, unnormalised output.
 struct RowState {
   float *maximum, *sum, *out;
@@ -33,15 +49,16 @@ JAXEXT_INLINE bool any_lane(vi x) {
 #endif
 }
 
-// Raises the maxima of kRows rows to those of their new scores and rescales what was summed so far.
+// Raises the maxima of kRows rows to those of their new scores and rescales what was summed so far (fresh: nothing).
 JAXEXT_NOINLINE void raise_maxima(const float* scores, int64_t width, int64_t first, int64_t last,
-                                         float exponent, RowState state, int64_t out_width) {
+                                         float exponent, RowState state, int64_t out_width, bool fresh) {
   for (int64_t r = 0; r < kRows; r++) {
     vf top = splat(kBelowScores);
     for (int64_t c = first; c < last; c += kLanes) top = max(load(scores + r * width + c) * splat(exponent), top);
     float old = state.maximum[r], raised = reduce_max(top);
     if (!(raised > old)) continue;
     state.maximum[r] = raised;
+    if (fresh) continue;
     vf factor = exp2_fast<Float32>(splat(old - raised));
     store(state.sum + r * kLanes, load(state.sum + r * kLanes) * factor);
     for (int64_t c = 0; c < out_width; c += kLanes) {
@@ -76,7 +93,7 @@ JAXEXT_INLINE void exponentiate(float* scores, float* weights, int64_t first, in
   vf scale = splat(exponent);
   JAXEXT_UNROLL
   for (int64_t r = 0; r < kRows; r++) {
-    float* row = scores + r * Mode::kKeys;
+    float* row = scores + r * kForwardKeys<Mode>;
     vf reference = splat(state.maximum[r]), sum = load(state.sum + r * kLanes);
     for (int64_t c = first; c < last; c += kColumnStep<Mode>) {
       vf x[kParts];
@@ -89,11 +106,11 @@ JAXEXT_INLINE void exponentiate(float* scores, float* weights, int64_t first, in
       }
 #if defined(__AVX512BF16__)
       if constexpr (Mode::kPaired) {
-        store(weights + r * words<Mode>(Mode::kKeys) + c / 2, pair_columns(x[0], x[1]));
+        store(weights + r * words<Mode>(kForwardKeys<Mode>) + c / 2, pair_columns(x[0], x[1]));
         continue;
       }
 #endif
-      store(weights + r * Mode::kKeys + c, x[0]);
+      store(weights + r * kForwardKeys<Mode> + c, x[0]);
     }
     store(state.sum + r * kLanes, sum);
   }
@@ -104,7 +121,7 @@ bool exceeds_maxima(const float* scores, int64_t first, int64_t last, float expo
   vi exceeds{};
   JAXEXT_UNROLL
   for (int64_t r = 0; r < kRows; r++) {
-    const float* row = scores + r * Mode::kKeys;
+    const float* row = scores + r * kForwardKeys<Mode>;
     vf top = load(row + first);
     for (int64_t c = first + kLanes; c < last; c += kLanes) top = max(top, load(row + c));
     exceeds |= top * splat(exponent) > splat(maximum[r] + kHeadroom);
@@ -115,13 +132,13 @@ bool exceeds_maxima(const float* scores, int64_t first, int64_t last, float expo
 // Scores [kRows][kKeys] of one tile into weights and row sums.
 template <class Mode>
 JAXEXT_NOINLINE void softmax_tile(float* scores, float* weights, int64_t first, int64_t last, float exponent,
-                                         RowState state, int64_t out_width, const Dropout& drop) {
-  if (exceeds_maxima<Mode>(scores, first, last, exponent, state.maximum))
-    raise_maxima(scores, Mode::kKeys, first, last, exponent, state, out_width);
+                                         RowState state, int64_t out_width, bool fresh, const Dropout& drop) {
+  if (fresh || exceeds_maxima<Mode>(scores, first, last, exponent, state.maximum))
+    raise_maxima(scores, kForwardKeys<Mode>, first, last, exponent, state, out_width, fresh);
   if (drop.keep)
     exponentiate<Mode, true>(scores, weights, first, last, exponent, state, drop);
-  else if (first == 0 && last == Mode::kKeys)
-    exponentiate<Mode, false>(scores, weights, 0, Mode::kKeys, exponent, state, drop);
+  else if (first == 0 && last == kForwardKeys<Mode>)
+    exponentiate<Mode, false>(scores, weights, 0, kForwardKeys<Mode>, exponent, state, drop);
   else
     exponentiate<Mode, false>(scores, weights, first, last, exponent, state, drop);
 }
@@ -135,7 +152,7 @@ struct PackedKeys {
 
   explicit PackedKeys(const AttentionArgs& a)
       : args(a),
-        padded_keys(round_up(a.keys, Mode::kKeys)),
+        padded_keys(round_up(a.keys, kForwardKeys<Mode>)),
         steps(words<Mode>(a.depth)),
         out_width(round_up(a.value_depth, kLanes)),
         keys_size(padded_keys * steps),
@@ -148,7 +165,7 @@ struct PackedKeys {
   }
   void pack(int64_t slot, int64_t kv_head, int64_t key) const {
     int64_t b = kv_head / args.kv_heads, h = kv_head % args.kv_heads;
-    int64_t valid = least(args.keys - key, Mode::kKeys), keys = round_up(valid, kColumnStep<Mode>);
+    int64_t valid = least(args.keys - key, kForwardKeys<Mode>), keys = round_up(valid, kColumnStep<Mode>);
     auto k = row_of<Mode>(args.k, b, h, key), v = row_of<Mode>(args.v, b, h, key);
     pack_panels<Mode>(k, args.k.row, valid, keys, args.depth, panels(slot, key));
     pack_right<Mode>(v, args.v.row, valid, keys, args.value_depth, values(slot, key), out_width);
@@ -164,10 +181,11 @@ struct QueryBlock {
   int64_t query_width, out_width;
   float *queries, *scores, *weights;
   RowState state;
+  bool begun[kQueries / kRows] = {};  // strips of kRows rows that some key block was attended by
 
   static int64_t scratch(const AttentionArgs& a) {
     int64_t steps = round_up(words<Mode>(a.depth), kLanes), out = round_up(a.value_depth, kLanes);
-    return kQueries * (steps + out + 1 + kLanes) + kRows * 2 * Mode::kKeys;
+    return kQueries * (steps + out + 1 + kLanes) + kRows * 2 * kForwardKeys<Mode>;
   }
 
   QueryBlock(const Rules& r, int64_t b, int64_t h, int64_t first, float* memory)
@@ -180,51 +198,62 @@ struct QueryBlock {
     state.out = queries + kQueries * query_width;
     state.sum = state.out + kQueries * out_width;
     scores = state.sum + kQueries * kLanes;
-    weights = Mode::kPaired ? scores + kRows * Mode::kKeys : scores;
-    state.maximum = scores + kRows * 2 * Mode::kKeys;
+    weights = Mode::kPaired ? scores + kRows * kForwardKeys<Mode> : scores;
+    state.maximum = scores + kRows * 2 * kForwardKeys<Mode>;
   }
 
   RowState rows_from(int64_t i) const {
     return {state.maximum + i, state.sum + i * kLanes, state.out + i * out_width};
   }
 
-  void start() {
+  // Packs kRows queries and asks for what the next strip reads and this one will write.
+  void begin(int64_t i) {
     const AttentionArgs& a = *rules.args;
-    auto q = row_of<Mode>(a.q, batch, head, row);
-    pack_rows<Mode>(q, a.q.row, rows, a.depth, rules.query_scale, queries, query_width);
-    int64_t padded = round_up(rows, kRows);
-    memset(queries + rows * query_width, 0, (padded - rows) * query_width * sizeof(float));
-    memset(state.out, 0, padded * out_width * sizeof(float));
-    memset(state.sum, 0, padded * kLanes * sizeof(float));
-    for (int64_t i = 0; i < padded; i++) state.maximum[i] = kBelowScores;
+    int64_t existing = least(rows - i, kRows);
+    auto q = row_of<Mode>(a.q, batch, head, row + i);
+    prefetch_rows(q + kRows * a.q.row, a.q.row, least(rows - i - kRows, kRows), a.depth);
+    pack_rows<Mode>(q, a.q.row, existing, a.depth, rules.query_scale, queries + i * query_width, query_width);
+    for (int64_t r = existing; r < kRows; r++)
+      for (int64_t c = 0; c < query_width; c += kLanes) store(queries + (i + r) * query_width + c, vf{});
+    prefetch_rows(row_of<Mode>(a.out, batch, head, row + i), a.out.row, existing, a.value_depth);
+    if (a.low.data) prefetch_rows(row_of<Mode>(a.low, batch, head, row + i), a.low.row, existing, a.value_depth);
+    for (int64_t r = 0; r < kRows; r++) {
+      store(state.sum + (i + r) * kLanes, vf{});
+      state.maximum[i + r] = kBelowScores;
+    }
   }
 
   // kRows queries from i on against the key block that starts at `start`.
   void attend(int64_t i, int64_t start, bool hidden, const float* panels, const float* values) {
     const AttentionArgs& a = *rules.args;
-    Span band = band_span(a, row + i, kRows, start, Mode::kKeys);
+    Span band = band_span(a, row + i, kRows, start, kForwardKeys<Mode>);
     if (band.first >= band.last) return;
     Span inner{row + i + kRows - 1 + a.band_low - start, row + i + a.band_high + 1 - start};
     int64_t first = round_down(band.first, kColumnStep<Mode>), last = round_up(band.last, kColumnStep<Mode>);
-    panel_product<Mode>(scores, Mode::kKeys, {queries + i * query_width, query_width, 1}, panels,
-                        words<Mode>(a.depth), first, last);
+    bool fresh = !begun[i / kRows];
+    if (fresh) begin(i);
+    begun[i / kRows] = true;
+    // What is left out of [first, last) lies outside the band, so the rules overwrite it.
+    panel_product<Mode>(scores, kForwardKeys<Mode>, {queries + i * query_width, query_width, 1}, panels,
+                        words<Mode>(a.depth), round_down(band.first, kLanes), round_up(band.last, kLanes));
     bool cut = first < most(band.first, inner.first) || last > least(band.last, inner.last);
-    if (cut || hidden || rules.changes) apply_rules(rules, arrays, row + i, start, first, last, scores, Mode::kKeys);
+    if (cut || hidden || rules.changes)
+      apply_rules(rules, arrays, row + i, start, first, last, scores, kForwardKeys<Mode>);
     Dropout drop{arrays.keep ? arrays.keep + (row + i) * a.keep.query + start * a.keep.key : nullptr,
                  a.keep.query, a.keep.key, a.keys - start, rows - i, a.keep_scale};
     softmax_tile<Mode>(scores, weights, first, last, rules.changes ? 1.f : rules.exponent, rows_from(i), out_width,
-                       drop);
-    accumulate_product<Mode>(state.out + i * out_width, out_width,
-                             {weights + words<Mode>(first), words<Mode>(Mode::kKeys), 1},
-                             {values + words<Mode>(first) * out_width, out_width},
-                             words<Mode>(band.last - first), out_width);
+                       fresh, drop);
+    Left left{weights + words<Mode>(first), words<Mode>(kForwardKeys<Mode>), 1};
+    Right right{values + words<Mode>(first) * out_width, out_width};
+    auto product = fresh ? wide_product<Mode, kRows, false> : wide_product<Mode, kRows, true>;
+    product(state.out + i * out_width, out_width, left, right, words<Mode>(band.last - first), out_width);
   }
 
   void attend_block(int64_t start, const float* panels, const float* values) {
     const AttentionArgs& a = *rules.args;
-    Span band = band_span(a, row, rows, start, Mode::kKeys);
+    Span band = band_span(a, row, rows, start, kForwardKeys<Mode>);
     if (band.first >= band.last) return;
-    prefetch_block(a, arrays, row, start + Mode::kKeys, Mode::kKeys);
+    prefetch_block(a, arrays, row, start + kForwardKeys<Mode>, kForwardKeys<Mode>);
     bool hidden = false;
     if (rules.hides) {
       Visibility seen = visibility(a, arrays, row, rows, start + band.first, band.last - band.first);
@@ -272,55 +301,83 @@ struct QueryBlock {
     const AttentionArgs& a = *rules.args;
     float* maximum = a.lse + (batch * a.heads + head) * 2 * a.queries + row;
     float* log_sum = maximum + a.queries;
+    float sums[kQueries], logs[kQueries];
+    for (int64_t i = 0; i < kQueries; i++)
+      sums[i] = i < rows && begun[i / kRows] ? reduce_add(load(state.sum + i * kLanes)) : 0.f;
+    for (int64_t i = 0; i < kQueries; i += kLanes) store(logs + i, log2_fast(load(sums + i)));
     for (int64_t i = 0; i < rows; i++) {
-      float sum = reduce_add(load(state.sum + i * kLanes));
-      if (sum == 0.f) {
+      if (sums[i] == 0.f) {
         maximum[i] = empty_row(i);
         log_sum[i] = 0.f;
         continue;
       }
-      write_row(i, state.out + i * out_width, 1.f / sum);
+      write_row(i, state.out + i * out_width, 1.f / sums[i]);
       maximum[i] = state.maximum[i];
-      log_sum[i] = __builtin_log2f(sum);
+      log_sum[i] = logs[i];
     }
   }
 };
 
 template <class Mode>
-void forward_block(const Rules& rules, const PackedKeys<Mode>& packed, int64_t slot, int64_t batch,
-                          int64_t head, int64_t row) {
+void forward_block(const Rules& rules, const PackedKeys<Mode>& packed, int64_t slot, int64_t batch, int64_t head,
+                   int64_t row, float* memory) {
   const AttentionArgs& a = *rules.args;
-  QueryBlock<Mode> block(rules, batch, head, row,
-                         static_cast<float*>(thread_arena(QueryBlock<Mode>::scratch(a) * sizeof(float))));
-  block.start();
+  QueryBlock<Mode> block(rules, batch, head, row, memory);
   Span band = band_span(a, row, block.rows, 0, a.keys);
-  for (int64_t start = band.first / Mode::kKeys * Mode::kKeys; start < band.last; start += Mode::kKeys)
+  constexpr int64_t kStep = kForwardKeys<Mode>;
+  for (int64_t start = band.first / kStep * kStep; start < band.last; start += kStep)
     block.attend_block(start, packed.panels(slot, start), packed.values(slot, start));
   block.finish();
 }
 
-// A wave of kv heads at a time: pack their keys and values, then run their query blocks, the last (under a causal band
-// the longest) first.
+// Each task packs a kv head's keys and values into its own memory and runs the head's query blocks.
 template <class Mode>
-void forward(const AttentionArgs& args, const Parallel& par) {
-  Rules rules = make_rules<Mode>(args);
-  PackedKeys<Mode> packed(args);
-  int64_t kv_heads = args.batch * args.kv_heads, share = args.heads / args.kv_heads;
+void forward_heads(const Rules& rules, const PackedKeys<Mode>& shape, const Parallel& par) {
+  const AttentionArgs& a = *rules.args;
+  int64_t scratch = round_up(QueryBlock<Mode>::scratch(a), 16), share = a.heads / a.kv_heads;
+  for_heads(par, a.batch * a.kv_heads, [&](int64_t kv) {
+    auto memory = static_cast<float*>(thread_arena((scratch + shape.size) * sizeof(float)));
+    PackedKeys<Mode> packed = shape;
+    packed.data = memory + scratch;
+    for (int64_t key = 0; key < a.keys; key += kForwardKeys<Mode>) packed.pack(0, kv, key);
+    for (int64_t member = 0; member < share; member++)
+      for (int64_t row = 0; row < a.queries; row += kQueries)
+        forward_block<Mode>(rules, packed, 0, kv / a.kv_heads, kv % a.kv_heads * share + member, row, memory);
+  });
+}
+
+// Long or few heads, a wave at a time: pack their keys and values, then run their query blocks, the last (under a causal
+// band the longest) first.
+template <class Mode>
+void forward_waves(const Rules& rules, PackedKeys<Mode>& packed, const Parallel& par) {
+  const AttentionArgs& a = *rules.args;
+  int64_t kv_heads = a.batch * a.kv_heads, share = a.heads / a.kv_heads;
   int64_t wave = wave_heads(kv_heads, packed.size, par);
-  int64_t key_blocks = packed.padded_keys / Mode::kKeys, query_blocks = (args.queries + kQueries - 1) / kQueries;
+  int64_t key_blocks = packed.padded_keys / kForwardKeys<Mode>, query_blocks = (a.queries + kQueries - 1) / kQueries;
   packed.data = static_cast<float*>(acquire_workspace(wave * packed.size * sizeof(float)));
   for (int64_t base = 0; base < kv_heads; base += wave) {
     int64_t count = least(wave, kv_heads - base);
     parallel_for(par, count * key_blocks, [&](int64_t t) {
-      packed.pack(t / key_blocks, base + t / key_blocks, t % key_blocks * Mode::kKeys);
+      packed.pack(t / key_blocks, base + t / key_blocks, t % key_blocks * kForwardKeys<Mode>);
     });
     parallel_for(par, count * share * query_blocks, [&](int64_t t) {
       int64_t slot = t / (share * query_blocks), member = t / query_blocks % share, kv = base + slot;
-      forward_block<Mode>(rules, packed, slot, kv / args.kv_heads, kv % args.kv_heads * share + member,
-                          (query_blocks - 1 - t % query_blocks) * kQueries);
+      forward_block<Mode>(rules, packed, slot, kv / a.kv_heads, kv % a.kv_heads * share + member,
+                          (query_blocks - 1 - t % query_blocks) * kQueries,
+                          static_cast<float*>(thread_arena(QueryBlock<Mode>::scratch(a) * sizeof(float))));
     });
   }
   release_workspace(packed.data);
+}
+
+template <class Mode>
+void forward(const AttentionArgs& args, const Parallel& par) {
+  Rules rules = make_rules<Mode>(args);
+  PackedKeys<Mode> packed(args);
+  if (whole_heads(args.batch * args.kv_heads, packed.size, par))
+    forward_heads(rules, packed, par);
+  else
+    forward_waves(rules, packed, par);
 }
 
 }  // namespace

@@ -37,6 +37,14 @@ JAXEXT_INLINE vf load_row_words(const typename Mode::Element* row, int64_t word,
   }
 }
 
+// Rows of a head lie far apart, where no hardware prefetcher follows: asks for the next few.
+template <class Element>
+JAXEXT_INLINE void prefetch_rows(const Element* in, int64_t stride, int64_t rows, int64_t depth) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t c = 0; c < depth; c += 64 / static_cast<int64_t>(sizeof(Element)))
+      __builtin_prefetch(in + i * stride + c);
+}
+
 // out[rows][width] words: rows as they are, times `scale` (not Paired, whose elements stay exact), zero padded.
 template <class Mode>
 void pack_rows(const typename Mode::Element* in, int64_t stride, int64_t rows, int64_t depth, float scale,
@@ -81,6 +89,7 @@ void pack_panels(const typename Mode::Element* in, int64_t stride, int64_t valid
   int64_t steps = words<Mode>(depth);
   for (int64_t j = 0; j < keys; j += kLanes) {
     float* panel = out + j / kPanel * kPanel * steps + j % kPanel;
+    prefetch_rows(in + (j + kLanes) * stride, stride, least(valid - j - kLanes, kLanes), depth);
     for (int64_t w = 0; w < steps; w += kLanes) {
       vf x[kLanes];
       for (int i = 0; i < kLanes; i++)
@@ -106,12 +115,15 @@ template <class Mode>
 void pack_right(const typename Mode::Element* in, int64_t stride, int64_t valid, int64_t rows, int64_t depth,
                        float* out, int64_t width) {
   if constexpr (Mode::kPaired) {
-    for (int64_t i = 0; i < rows; i += 2)
+    constexpr int64_t kAhead = 16;
+    for (int64_t i = 0; i < rows; i += 2) {
+      prefetch_rows(in + (i + kAhead) * stride, stride, least(valid - i - kAhead, 2), depth);
       for (int64_t c = 0; c < width; c += kLanes) {
         vu even = i < valid ? load_halves(in + i * stride, c, depth) : vu{};
         vu odd = i + 1 < valid ? load_halves(in + (i + 1) * stride, c, depth) : vu{};
         store(out + i / 2 * width + c, (vf)(even | odd << 16));
       }
+    }
   } else {
     pack_rows<Mode>(in, stride, valid, depth, 1.f, out, width);
     for (int64_t i = valid * width; i < rows * width; i += kLanes) store(out + i, vf{});

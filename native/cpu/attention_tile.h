@@ -43,6 +43,10 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Keys that the forward pass takes at a time: twice as many amortise its changes from one product to the next.
+template <class Mode>
+constexpr int kForwardKeys = 2 * Mode::kKeys;
+
 // Columns of scores that are treated together: Paired, two vectors become one.
 template <class Mode>
 constexpr int kColumnStep = Mode::kPaired ? 2 * kLanes : kLanes;
@@ -136,13 +140,13 @@ JAXEXT_INLINE void multiply_narrow(int vectors, float* out, int64_t out_row, Lef
 #endif
 }
 
-// out[kHeight][width] += a b, width a multiple of kLanes, in tiles of nearly equal width.
-template <class Mode, int kHeight = kRows>
-void accumulate_product(float* out, int64_t out_row, Left a, Right b, int64_t steps, int64_t width) {
+// out[kHeight][width] (+)= a b, width a multiple of kLanes, in tiles of nearly equal width.
+template <class Mode, int kHeight = kRows, bool kAccumulate = true>
+void wide_product(float* out, int64_t out_row, Left a, Right b, int64_t steps, int64_t width) {
   int64_t vectors = width / kLanes;
   for (int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors; tiles > 0; tiles--) {
     int64_t n = (vectors + tiles - 1) / tiles;
-    multiply_narrow<Mode, kHeight, true>(static_cast<int>(n), out, out_row, a, b, steps);
+    multiply_narrow<Mode, kHeight, kAccumulate>(static_cast<int>(n), out, out_row, a, b, steps);
     vectors -= n;
     out += n * kLanes;
     b.data += n * kLanes;
@@ -196,6 +200,19 @@ JAXEXT_INLINE vf exp2_fast(vf x) {
 #else
   return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 #endif
+}
+
+// log2 of a normal number, absolute error 1e-7; infinity and NaN stay. The series of artanh((m - 1) / (m + 1)).
+JAXEXT_INLINE vf log2_fast(vf x) {
+  vi e = ((vi)x - 0x3f3504f3) >> 23;  // of m in [sqrt(1/2), sqrt(2))
+  vf m = (vf)((vi)x - (e << 23));
+  vf t = (m - splat(1.f)) / (m + splat(1.f)), y = t * t;
+  vf p = fma(splat(0.320598898f), y, splat(0.412198583f));
+  p = fma(p, y, splat(0.577078016f));
+  p = fma(p, y, splat(0.961796694f));
+  p = fma(p, y, splat(2.88539008f));
+  vf log = fma(p, t, __builtin_convertvector(e, vf));
+  return select(x < splat(__builtin_inff()), log, x);
 }
 
 }  // namespace
