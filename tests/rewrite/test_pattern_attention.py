@@ -222,6 +222,36 @@ def test_dropout_on_probabilities_is_an_operand():
         assert_matched(spelling, *heads_first(), kernel="attention", detail="heads=4, dropout")
 
 
+def test_factors_of_the_probabilities_that_keys_share_go_to_the_result():
+    key = jax.random.key(3)
+
+    def head_mask(q, k, v, heads):
+        p = jnp.einsum("bhqk,h->bhqk", softmax(product(q, k) * SCALE), heads)
+        return weighted(p, v)
+
+    def gate(q, k, v, rows):
+        p = softmax(product(q, k) * SCALE) * jax.random.bernoulli(key, 0.9, (B, H, T, T)) / 0.9
+        return weighted(rows[..., None] * p, v)
+
+    def number(q, k, v):
+        return weighted(softmax(product(q, k) * SCALE) * 0.5, v)
+
+    arrays = heads_first()
+    heads, rows = normals(4, (H,), (B, 1, T))
+    assert_matched(head_mask, *arrays, heads, kernel="attention", detail="heads=4")
+    assert_matched(gate, *arrays, rows, kernel="attention", detail="heads=4, dropout")
+    assert_matched(number, *arrays, kernel="attention", detail="heads=4")
+
+
+def test_a_factor_that_varies_along_the_keys_is_left_to_stock_jax():
+    def weights(q, k, v, weights):
+        return weighted(softmax(product(q, k) * SCALE) * weights, v)
+
+    arrays = (*heads_first(), *normals(4, (T,)))
+    assert "attention" not in report_of(weights, *arrays).kernels()
+    assert_agrees(weights, *arrays)
+
+
 def test_soft_cap_and_bias():
     slopes = -jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)) * jnp.arange(1.0, H + 1)[:, None, None]
 

@@ -155,6 +155,16 @@ def test_logits_too_few_to_matter_are_made_and_the_reason_is_told():
 # ---------------------------------------------------------------- near misses
 
 
+def test_logits_transposed_by_the_program_have_their_classes_last():
+    def contrastive(image, text, labels):
+        logits = image @ text.T
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        return losses(logits, labels).mean() + losses(logits.T, labels).mean()
+
+    arrays = (*normals(5, (8, 16), (8, 16)), jnp.arange(8))
+    assert_matched(contrastive, *arrays, kernel="softmax_cross_entropy", count=2)
+
+
 def test_classes_on_another_axis_are_a_near_miss():
     assert_missed(
         lambda z: optax.softmax_cross_entropy_with_integer_labels(z, LABELS, axis=1),

@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 from ...kernels._attention import attention_refusal
-from ..axes import Axis, Splits, View, climb, contract, label, never, operand, operands, up
+from ..axes import Axis, Splits, View, climb, contract, label, never, operand, operands, shrink, up
 from ..facts import Facts, source, widens
 from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Node, Value
@@ -28,6 +28,8 @@ class Probabilities:
     # Multiplied onto the probabilities: Boolean arrays with the truth value that keeps, and one number.
     keeps: list[tuple[View, bool]]
     keep_scale: float
+    # Tensors that do not vary along the keys, such as head masks: they are multiplied onto the result instead.
+    scales: list[View] = dataclasses.field(default_factory=list)
 
 
 def match(root: Value, graph: Graph) -> Match:
@@ -99,8 +101,7 @@ def _normalised_last(facts: Facts, view: View, node: Node) -> tuple[Probabilitie
 
 def _probabilities(facts: Facts, view: View, axis: Axis, splits: Splits) -> Probabilities:
     """Up from an operand of the last product to the softmax, through dropout."""
-    keeps: list[tuple[View, bool]] = []
-    keep_scale = 1.0
+    factors: list[_Factor] = []
     while True:
         view = _climb_splitting(view, splits)
         try:
@@ -111,10 +112,11 @@ def _probabilities(facts: Facts, view: View, axis: Axis, splits: Splits) -> Prob
         else:
             if found.axis is not axis:
                 raise NoMatch("the softmax is not over the keys")
-            return Probabilities(found, keeps, keep_scale)
-        view, keep, factor = _without_dropout(facts, view)
-        keeps += keep
-        keep_scale *= factor
+            keeps = [keep for factor in factors for keep in factor.keeps]
+            scales = [scale for factor in factors for scale in factor.scales]
+            return Probabilities(found, keeps, math.prod(factor.number for factor in factors), scales)
+        view, factor = _without_factor(facts, view, axis)
+        factors.append(factor)
 
 
 def _climb_splitting(view: View, splits: Splits) -> View:
@@ -127,28 +129,50 @@ def _climb_splitting(view: View, splits: Splits) -> View:
         view = above
 
 
-def _without_dropout(facts: Facts, view: View) -> tuple[View, list[tuple[View, bool]], float]:
-    """One factor less: (what it multiplies, its Boolean part, its number)."""
+@dataclasses.dataclass(frozen=True)
+class _Factor:
+    """What the probabilities were multiplied by: Boolean arrays, a number, tensors that all keys share."""
+
+    keeps: tuple[tuple[View, bool], ...] = ()
+    number: float = 1.0
+    scales: tuple[View, ...] = ()
+
+
+def _without_factor(facts: Facts, view: View, axis: Axis) -> tuple[View, _Factor]:
+    """One factor less: what it multiplies, and itself. `axis`: the keys."""
     node = source(view.value)
-    if node is None or node.primitive not in ("mul", "div", "select_n") or len(node.inputs) > 3:
+    if node is None or node.primitive not in ("mul", "div", "select_n", "dot_general") or len(node.inputs) > 3:
         raise NoMatch("not a softmax")
     if node.primitive == "select_n":
         zeros = [facts.scalar(case) == 0.0 for case in node.inputs[1:]]
         if sum(zeros) != 1:
             raise NoMatch("not a softmax")
         kept = 2 if zeros[0] else 1
-        return operand(node.inputs[kept], view), [(predicate(node, view), bool(kept - 1))], 1.0
-    sides = operands(view)
-    for chain, other in (sides, sides[::-1]) if node.primitive == "mul" else (sides,):
+        return operand(node.inputs[kept], view), _Factor(keeps=((predicate(node, view), bool(kept - 1)),))
+    sides = _factors(view, node)
+    both = (sides, sides[::-1]) if node.primitive != "div" else (sides,)
+    for chain, other in both:
         number = facts.scalar(other.value)
         if number is not None:
-            return chain, [], number if node.primitive == "mul" else 1.0 / number
-    if node.primitive == "mul":
-        for chain, other in (sides, sides[::-1]):
-            factor = _keep_factor(facts, other)
-            if factor is not None:
-                return chain, [factor[0]], factor[1]
+            return chain, _Factor(number=1.0 / number if node.primitive == "div" else number)
+    for chain, other in both if node.primitive == "mul" else ():
+        keep = _keep_factor(facts, other)
+        if keep is not None:
+            return chain, _Factor(keeps=(keep[0],), number=keep[1])
+    for chain, other in both if node.primitive != "div" else ():
+        if axis not in shrink(other).axes and set(chain.axes) == set(view.axes):
+            return chain, _Factor(scales=(shrink(other),))
     raise NoMatch("not a softmax")
+
+
+def _factors(view: View, node: Node) -> list[View]:
+    """Both operands of a product, which an einsum without a sum is too."""
+    if node.primitive != "dot_general":
+        return operands(view)
+    left, right, contracted = contract(view, node)
+    if contracted:
+        raise NoMatch("not a softmax")
+    return [left, right]
 
 
 def _keep_factor(facts: Facts, view: View) -> tuple[tuple[View, bool], float] | None:

@@ -69,6 +69,9 @@ class Plan:
     equal: tuple[tuple[Operand, Operand], ...] = ()
     segments: tuple[Operand, Operand] | None = None
     keeps: tuple[Operand, ...] = ()
+    # Multiplied onto the result, with one number.
+    scales: tuple[Operand, ...] = ()
+    number: float = 1.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, *arrays: Any) -> tuple[Any, ...]:
@@ -76,7 +79,11 @@ class Plan:
         out = attention_op(query, key, value, **options, **self.options)
         roles, layout = self.roles, self.options["layout"][3]
         inner = (roles.rows, roles.heads) if layout == "btnh" else (roles.heads, roles.rows)
-        dims = (*((axis,) for axis in roles.leading), *inner, roles.value_features)
+        leading = [(axis,) for axis in roles.leading]
+        for scale in self.scales:
+            out = out * arrange(arrays[scale.index], scale.dims, (*leading, *inner, ())).astype(out.dtype)
+        out = out if self.number == 1.0 else out * jnp.asarray(self.number, out.dtype)
+        dims = (*leading, *inner, roles.value_features)
         return (arrange(out, dims, self.root.dims).astype(self.root.value.dtype),)
 
     @property
@@ -236,8 +243,8 @@ def plan(facts: Facts, root: View, found: Scores, probabilities: Probabilities, 
         "fill": _fill(masks, band, roles, combined, probabilities, zero_rows),
         "layout": _layout(roles, query, key, value),
     }
-    if not call.keeps and probabilities.keep_scale != 1.0:
-        raise NoMatch("probabilities are multiplied by a number", near=True)
+    call.scales = tuple(take(view) for view in probabilities.scales)
+    call.number = 1.0 if call.keeps else probabilities.keep_scale
     call.inputs = tuple(inputs)
     return call
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ...kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
 from ..axes import Axis, View, arrange, climb, contract, label, operands, same_view, shrink
-from ..facts import Facts, is_float, source
+from ..facts import Facts, is_float, source, users
 from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Value
 from .labels import Labels, picked, summed_over, targets
@@ -42,7 +42,7 @@ def find(root: Value, graph: Graph) -> CrossEntropy:
     found = graph.memo.setdefault(CrossEntropy, {})
     if root not in found:
         try:
-            found[root] = _find(Facts.of(graph), label(root))
+            found[root] = _find(graph, label(root))
         except NoMatch as error:
             found[root] = error
     if isinstance(found[root], NoMatch):
@@ -50,8 +50,8 @@ def find(root: Value, graph: Graph) -> CrossEntropy:
     return found[root]
 
 
-def _find(facts: Facts, view: View) -> CrossEntropy:
-    node = view.value.node
+def _find(graph: Graph, view: View) -> CrossEntropy:
+    facts, node = Facts.of(graph), view.value.node
     if node is None or not is_float(view.value):
         raise NoMatch("not a cross-entropy")
     if node.primitive == "gather":
@@ -65,9 +65,16 @@ def _find(facts: Facts, view: View) -> CrossEntropy:
         if set(left.axes) != set(right.axes):
             raise NoMatch("not a cross-entropy")
         found = _of_products(facts, view, [left, right])
-    if found.logits.axes[-1] is not found.axis:
+    if found.logits.axes[-1] is not found.axis and not _made_last(graph, found):
         raise NoMatch("the classes are not the last axis of the logits", near=True)
     return found
+
+
+def _made_last(graph: Graph, found: CrossEntropy) -> bool:
+    """Whether the program itself transposes the logits so that the classes are last, as CLIP does for one side."""
+    place = [found.axis in dim for dim in found.logits.dims].index(True)
+    transposes = (node for node in users(graph, found.logits.value) if node.primitive == "transpose")
+    return any(node.params["permutation"][-1] == place for node in transposes)
 
 
 def _of_gather(facts: Facts, view: View) -> CrossEntropy:
