@@ -25,7 +25,7 @@ import jax
 from jax.extend import core as jex_core
 
 try:
-    from jax._src import api_util, core, dispatch, pjit, source_info_util, traceback_util, xla_bridge
+    from jax._src import api_util, checkify, config, core, dispatch, pjit, source_info_util, traceback_util, xla_bridge
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
@@ -68,6 +68,28 @@ def is_jaxpr(x: Any) -> bool:
 def lower_with_devices(primitive: Any) -> None:
     """Asks JAX to tell the lowering of `primitive` which devices the program spans."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def lowers_for_export(ctx: Any) -> bool:
+    """True where the lowering with this context is for `jax.export`."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def runs_op_by_op() -> bool:
+    """True where JAX is asked to run the operations of the program one by one and to look at each."""
+    return config.disable_jit.value or config.debug_nans.value or config.debug_infs.value
+
+
+def check_as(primitive: Any, reference: Callable[..., Callable[..., Sequence[Any]]]) -> None:
+    """`jax.experimental.checkify` looks for NaN and the like inside `reference(**params)` instead of `primitive`."""
+
+    def rule(error: Any, enabled: frozenset[Any], *args: Any, **params: Any) -> Any:
+        if enabled <= checkify.user_checks:
+            return error, primitive.bind(*args, **params)
+        closed = trace(reference(**params), [jax.typeof(x) for x in args])
+        return checkify.checkify_jaxpr(closed, enabled, error, *args)
+
+    checkify.error_checks[primitive] = rule
 
 
 def is_plain_call(eqn: Any) -> bool:
@@ -118,6 +140,20 @@ def operands(eqn: Any, parameter: str) -> list[int | None]:
             # An operand that every device has whole is the same inside.
             return [None if any(tuple(spec)) else number for number, spec in enumerate(params["in_specs"])]
     return [*range(count)]
+
+
+def recorded(tracer: Any) -> tuple[Any, int] | None:
+    """The equation, and which of its results, that a value in a function being traced comes from, None for inputs.
+
+    The equation has the attributes of a jaxpr's; `in_tracers` are its operands.
+    """
+    parent = tracer.parent if isinstance(tracer, pe.DynamicJaxprTracer) else None
+    return None if parent is None else (parent, next(i for i, var in enumerate(parent.outvars) if var is tracer.val))
+
+
+def lowered(x: Any) -> Any:
+    """The array, or the enclosing function's tracer, that a tracer stands for; else itself."""
+    return core.full_lower(x)
 
 
 def is_ref(x: Any) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import jax
@@ -17,9 +18,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxext import _jax_compat
-from jaxext.kernels import _native_module, _sharding
+from jaxext.kernels import _export, _native_module, _sharding
 
-__all__ = ["ArgSpec", "Op", "Role", "derive", "native_status"]
+__all__ = ["ArgSpec", "Op", "Role", "derive", "native_status", "relaxed"]
 
 native_status = _native_module.status
 
@@ -45,6 +46,13 @@ class ArgSpec:
     make: Callable[[np.random.Generator, Any], Sequence[Any]]
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+@contextmanager
+def relaxed() -> Iterator[None]:
+    """Promotion by JAX's usual rules: where a program asks for strict ones, it asks them of its own lines."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 class Op:
@@ -92,6 +100,7 @@ class Op:
         _jax_compat.lower_with_devices(self.primitive)
         ad.primitive_jvps[self.primitive] = functools.partial(_reference_jvp, self)
         batching.primitive_batchers[self.primitive] = functools.partial(_batch, self)
+        _jax_compat.check_as(self.primitive, lambda **params: lambda *xs: self.reference(*xs, **params))
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
@@ -102,7 +111,8 @@ class Op:
     def reference(self, *operands: Any, **params: Any) -> Sequence[jax.Array]:
         """The specification, in plain JAX."""
         assert self._reference is not None, f"{self.name} has no reference yet"
-        return self._reference(*operands, **params)
+        with relaxed():
+            return self._reference(*operands, **params)
 
     def refusal(self, *avals: Any, **params: Any) -> str | None:
         """None where the native kernel takes this call on CPU, else the reason why the reference runs."""
@@ -123,9 +133,11 @@ class Op:
         return mlir.lower_fun(lambda *xs: tuple(self.reference(*xs, **params)), multiple_results=True)(ctx, *args)
 
     def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
-        if self.refusal(*ctx.avals_in, **params) is not None:
+        if self.refusal(*ctx.avals_in, **params) is not None or _export.leaves_kernels_out(ctx):
             return self._lower(ctx, *args, **params)
         if _sharding.spans_devices(ctx):
+            if _jax_compat.lowers_for_export(ctx):  # custom partitioning calls back into this process
+                return self._lower(ctx, *args, **params)
             return mlir.lower_fun(self._partitioned(ctx, params), multiple_results=True)(ctx, *args)
         lowering = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self.aliases)
         return lowering(ctx, *args, **self.attributes(**params))
@@ -155,7 +167,12 @@ def _primitive(name: str, abstract: Callable[..., Any], lower: Callable[..., Any
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         return jax.jit(lambda *xs: primitive.bind(*xs, **dict(params)))
 
-    primitive.def_impl(lambda *xs, **params: compiled(tuple(sorted(params.items())))(*xs))
+    def run(*xs: Any, **params: Any) -> Any:
+        # Under jax.disable_jit the jitted call would end here again.
+        with jax.disable_jit(False):
+            return compiled(tuple(sorted(params.items())))(*xs)
+
+    primitive.def_impl(run)
     mlir.register_lowering(primitive, lower)
     return primitive
 
@@ -336,4 +353,5 @@ def _linear_primitive(forward: Op, saved: Sequence[int], outputs: Sequence[int])
     ad.primitive_transposes[linear] = transpose
     ad.primitive_jvps[linear] = jvp
     batching.primitive_batchers[linear] = batch
+    _jax_compat.check_as(linear, lambda **params: functools.partial(reference, **params))
     return linear

@@ -66,6 +66,9 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         traced = [number for number, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, compat.Tracer))]
+        if compat.runs_op_by_op() and all(compat.is_concrete(leaves[number]) for number in traced):
+            # A replay would hide the operation at fault, and the user's line, from JAX's debugging modes.
+            return fun(*args, **kwargs)
         output = _Output()
 
         def flat(*arrays: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from .. import _jax_compat as compat
+from ..kernels._op import relaxed
 from . import schedule
 from .plan import HIGHER_ORDER, Plan, Replacement
 from .trace import Call, Node, Value
@@ -101,7 +102,7 @@ def _last_use(plan: Plan) -> dict[int, list[Value]]:
 
 def _run_kernel(replacement: Replacement, inputs: list[Any]) -> list[Any]:
     match = replacement.match
-    with compat.source_of(replacement.node.eqn, scope=f"jaxext.{match.kernel}"):
+    with compat.source_of(replacement.node.eqn, scope=f"jaxext.{match.kernel}"), relaxed():
         outputs = list(match.call(*_vary_alike(inputs)))
     for root, output in zip(match.roots, outputs, strict=True):
         if output.shape != root.shape or output.dtype != root.dtype:
