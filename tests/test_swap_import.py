@@ -211,6 +211,23 @@ def test_a_module_of_jax_runs_as_main():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+STUBS = Path(__file__).parent.parent / "jaxext-stubs"
+
+
+@pytest.mark.parametrize("stub", sorted(STUBS.rglob("*.pyi")), ids=lambda stub: str(stub.relative_to(STUBS)))
+def test_a_stub_names_the_module_that_the_import_gives(stub):
+    name = ".".join(stub.relative_to(STUBS).with_suffix("").parts).removesuffix(".__init__")
+    assert stub.read_text() == f"from jax.{name} import *\n"
+    assert importlib.import_module(f"jaxext.{name}") is importlib.import_module(f"jax.{name}")
+
+
+def test_every_public_module_of_jaxs_top_level_has_a_stub():
+    unlisted = {"cloud_tpu_init", "collect_profile", "example_libraries", "experimental", "extend", "interpreters"}
+    unlisted |= {"lib", "monitoring", "test_util", "tools", "version"}
+    public = {module.name for module in pkgutil.iter_modules(jax.__path__) if not module.name.startswith("_")}
+    assert {path.stem for path in STUBS.iterdir()} - {"py"} >= public - unlisted
+
+
 # ---------------------------------------------------------------- jit
 
 
