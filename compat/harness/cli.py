@@ -103,7 +103,7 @@ def _work(run: schedule.Run, ready: list[schedule.SuiteRun], console: Console) -
 
 
 def _show(comparisons: list[Comparison], errors: list[str], console: Console) -> None:
-    table = Table("suite", "tests", "pass on stock", "on jaxext", "known failures", "kernel calls", "fall-backs")
+    table = Table("suite", "tests", "pass on stock", "on jaxext", "known failures", "kernel calls", "fell back")
     for item in comparisons:
         numbers = (item.tests, item.stock, item.jaxext, len(item.known), _sum(item.replaced), _sum(item.fallbacks))
         table.add_row(item.suite.name, *map(str, numbers))
