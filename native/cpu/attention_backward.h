@@ -89,9 +89,13 @@ void row_statistics(const AttentionArgs& a, int64_t b, int64_t h, int64_t row, R
   auto out = row_of<Mode>(a.out, b, h, row);
   auto dout = row_of<Mode>(a.dout, b, h, row);
   const float* maximum = a.lse + (b * a.heads + h) * 2 * a.queries + row;
+  constexpr int64_t kAhead = 8;
   int64_t rows = least(a.queries - row, kQueries);
   for (int64_t i = 0; i < round_up(rows, kRows); i++) {
     bool empty = i >= rows || maximum[i] == -kInfinity;
+    int64_t ahead = least(rows - i - kAhead, 1);
+    prefetch_rows(out + (i + kAhead) * a.out.row, a.out.row, ahead, a.value_depth);
+    if (a.low.data) prefetch_rows(row_of<Mode>(a.low, b, h, row + i + kAhead), a.low.row, ahead, a.value_depth);
     vf sum{};
     for (int64_t c = 0; !empty && c < a.value_depth; c += kLanes) {
       int64_t n = a.value_depth - c;
@@ -252,8 +256,14 @@ struct GradientBlock {
     float* ds = tile.rows(tile.dscores, i);
     Span band = band_span(a, row + i, kRows, key, Mode::kKeys);
     if (band.first >= band.last) return clear_strip(p, ds, 0, 0);
+    if (hidden) {
+      Visibility seen = strip_visibility(a, arrays, row + i, least(a.queries - row - i, kRows), key, band);
+      if (seen == Visibility::none) return clear_strip(p, ds, 0, 0);
+      hidden = seen == Visibility::some;
+    }
     Span inner{row + i + kRows - 1 + a.band_low - key, row + i + a.band_high + 1 - key};
     int64_t first = round_down(band.first, kColumnStep<Mode>), last = round_up(band.last, kColumnStep<Mode>);
+    hidden = hidden || (rules.hides && (first < band.first || last > band.last));
     float* scores = Mode::kPaired ? tile.scores : p;
     float* dweights = Mode::kPaired ? tile.dweights : ds;
     panel_product<Mode>(scores, Mode::kKeys, {m.query_left(head, row + i), m.query_row, 1}, m.key_panels(slot, key),
@@ -327,14 +337,16 @@ struct GradientBlock {
     int64_t rows = least(a.queries - row, kQueries);
     Span band = band_span(a, row, rows, key, Mode::kKeys);
     if (band.first >= band.last) return;
-    prefetch_block(a, arrays, row + kQueries, key, Mode::kKeys);
     bool hidden = false;
     if (rules.hides) {
       Visibility seen = visibility(a, arrays, row, rows, key + band.first, band.last - band.first);
       if (seen == Visibility::none) return;
       hidden = seen == Visibility::some;
     }
-    for (int64_t i = 0; i < rows; i += kRows) strip(row, i, hidden);
+    for (int64_t i = 0; i < rows; i += kRows) {
+      prefetch_strip(a, arrays, row + i + kRows, key, Mode::kKeys);
+      strip(row, i, hidden);
+    }
     if (a.dk.data || a.dv.data) contract_queries(row, rows);
   }
 };
@@ -342,9 +354,12 @@ struct GradientBlock {
 template <class Element>
 void write_rows(Element* out, int64_t stride, const float* in, int64_t width, int64_t rows, int64_t depth,
                        float factor) {
-  for (int64_t i = 0; i < rows; i++)
+  constexpr int64_t kAhead = 8;
+  for (int64_t i = 0; i < rows; i++) {
+    prefetch_rows(out + (i + kAhead) * stride, stride, least(rows - i - kAhead, 1), depth);
     for (int64_t c = 0; c < depth; c += kLanes)
       store_part(out + i * stride + c, load(in + i * width + c) * splat(factor), depth - c);
+  }
 }
 
 // Rows whose keys are all hidden and whose fill is not zero: each gives every key weight * dout.

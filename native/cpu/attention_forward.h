@@ -228,12 +228,18 @@ struct QueryBlock {
     const AttentionArgs& a = *rules.args;
     Span band = band_span(a, row + i, kRows, start, kForwardKeys<Mode>);
     if (band.first >= band.last) return;
+    if (hidden) {
+      Visibility seen = strip_visibility(a, arrays, row + i, least(rows - i, kRows), start, band);
+      if (seen == Visibility::none) return;
+      hidden = seen == Visibility::some;
+    }
     Span inner{row + i + kRows - 1 + a.band_low - start, row + i + a.band_high + 1 - start};
     int64_t first = round_down(band.first, kColumnStep<Mode>), last = round_up(band.last, kColumnStep<Mode>);
+    hidden = hidden || (rules.hides && (first < band.first || last > band.last));
     bool fresh = !begun[i / kRows];
     if (fresh) begin(i);
     begun[i / kRows] = true;
-    // What is left out of [first, last) lies outside the band, so the rules overwrite it.
+    // What is left out of [first, last) is hidden, so the rules overwrite it.
     panel_product<Mode>(scores, kForwardKeys<Mode>, {queries + i * query_width, query_width, 1}, panels,
                         words<Mode>(a.depth), round_down(band.first, kLanes), round_up(band.last, kLanes));
     bool cut = first < most(band.first, inner.first) || last > least(band.last, inner.last);
@@ -253,14 +259,18 @@ struct QueryBlock {
     const AttentionArgs& a = *rules.args;
     Span band = band_span(a, row, rows, start, kForwardKeys<Mode>);
     if (band.first >= band.last) return;
-    prefetch_block(a, arrays, row, start + kForwardKeys<Mode>, kForwardKeys<Mode>);
     bool hidden = false;
     if (rules.hides) {
       Visibility seen = visibility(a, arrays, row, rows, start + band.first, band.last - band.first);
       if (seen == Visibility::none) return;
       hidden = seen == Visibility::some;
     }
-    for (int64_t i = 0; i < rows; i += kRows) attend(i, start, hidden, panels, values);
+    constexpr int64_t kKeys = kForwardKeys<Mode>;
+    for (int64_t i = 0; i < rows; i += kRows) {
+      i + kRows < rows ? prefetch_strip(a, arrays, row + i + kRows, start, kKeys)
+                       : prefetch_strip(a, arrays, row, start + kKeys, kKeys);
+      attend(i, start, hidden, panels, values);
+    }
   }
 
   // A row that no key contributed to: hidden altogether (the fill's case), or scores of -inf (NaN, as softmax gives).

@@ -49,12 +49,15 @@ JAXEXT_INLINE void prefetch_rows(const Element* in, int64_t stride, int64_t rows
 template <class Mode>
 void pack_rows(const typename Mode::Element* in, int64_t stride, int64_t rows, int64_t depth, float scale,
                       float* out, int64_t width) {
-  for (int64_t i = 0; i < rows; i++)
+  constexpr int64_t kAhead = 16;
+  for (int64_t i = 0; i < rows; i++) {
+    prefetch_rows(in + (i + kAhead) * stride, stride, least(rows - i - kAhead, 1), depth);
     for (int64_t w = 0; w < width; w += kLanes) {
       vf x = load_row_words<Mode>(in + i * stride, w, depth);
       if constexpr (!Mode::kPaired) x = x * splat(scale);
       store(out + i * width + w, x);
     }
+  }
 }
 
 JAXEXT_INLINE vf interleave_low(vf a, vf b) {

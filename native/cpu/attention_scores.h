@@ -110,12 +110,13 @@ Visibility segment_visibility(const HeadArrays& head, int64_t row, int64_t rows,
 
 void prefetch_lines(const char* data, int64_t rows, int64_t stride, int64_t bytes) {
   for (int64_t i = 0; i < rows; i++)
-    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(data + i * stride + x, 0, 2);
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(data + i * stride + x);
 }
 
-// Asks for the mask, bias and dropout of a block that comes next: T x S arrays stream from memory, a few lines a row.
-void prefetch_block(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t start, int64_t keys) {
-  int64_t rows = least(args.queries - row, kQueries), columns = least(args.keys - start, keys);
+// Asks for the mask, bias and dropout of the strip that comes next: T x S arrays stream from memory, a few lines a row,
+// and more than a strip's at once would only queue.
+void prefetch_strip(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t start, int64_t keys) {
+  int64_t rows = least(args.queries - row, kRows), columns = least(args.keys - start, keys);
   if (rows <= 0 || columns <= 0) return;
   auto flags = [&](const uint8_t* data, const AttentionBroadcast& a) {
     if (data && a.query && a.key)
@@ -145,6 +146,24 @@ bool attends(const AttentionArgs& args, const HeadArrays& head, int64_t row, int
   if (key - row < args.band_low || key - row > args.band_high) return false;
   if (head.query_segments && head.query_segments[row] != head.key_segments[key]) return false;
   return !head.mask || head.mask[row * args.mask.query + key * args.mask.key];
+}
+
+// As visibility, of a strip of rows inside a block: columns at either end of `span` that no row's segment has are cut off.
+Visibility strip_visibility(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t rows, int64_t start,
+                            Span& span) {
+  if (head.query_segments) {
+    int32_t q0 = INT32_MAX, q1 = INT32_MIN;
+    for (int64_t i = row; i < row + rows; i++) {
+      int32_t s = head.query_segments[i];
+      q0 = s < q0 ? s : q0;
+      q1 = s > q1 ? s : q1;
+    }
+    const int32_t* ids = head.key_segments + start;
+    while (span.first < span.last && (ids[span.first] < q0 || ids[span.first] > q1)) span.first++;
+    while (span.first < span.last && (ids[span.last - 1] < q0 || ids[span.last - 1] > q1)) span.last--;
+  }
+  if (span.first >= span.last) return Visibility::none;
+  return visibility(args, head, row, rows, start + span.first, span.last - span.first);
 }
 
 // A tile's last vectors may lie behind the keys: n, the keys left, may be negative.
@@ -194,18 +213,33 @@ JAXEXT_INLINE vi lanes_between(int64_t low, int64_t high, int64_t column) {
          (lane <= splat_i(static_cast<int32_t>(most(least(high - column, kLanes), -1))));
 }
 
-// Lanes of keys [key, key + kLanes) that segments and mask let query `row` see.
-JAXEXT_INLINE vi visible_lanes(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key) {
-  vi seen = splat_i(-1);
+// x where segments and mask let query `row` see keys [key, key + kLanes), -inf elsewhere.
+JAXEXT_INLINE vf hide(const AttentionArgs& args, const HeadArrays& head, int64_t row, int64_t key, vf x) {
   int64_t n = args.keys - key;
+  const int32_t* ids = head.key_segments + key;
+  const uint8_t* flags = head.mask + row * args.mask.query + key * args.mask.key;
+#if defined(__AVX512F__)
+  // In mask registers throughout: the compiler takes comparisons of vector types through full vectors.
+  __mmask16 seen = (__mmask16)((1u << kept_lanes(n)) - 1);
+  if (head.query_segments)
+    seen = _mm512_mask_cmpeq_epi32_mask(seen, _mm512_maskz_loadu_epi32(seen, ids),
+                                        _mm512_set1_epi32(head.query_segments[row]));
+  if (head.mask && !args.mask.key) seen = *flags ? seen : 0;
+  if (head.mask && args.mask.key) {
+    __m128i bytes = _mm_maskz_loadu_epi8(seen, flags);
+    seen = _mm_test_epi8_mask(bytes, bytes);
+  }
+  return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), seen, (__m512)x);
+#else
+  vi seen = splat_i(-1);
   if (head.query_segments) {
     vi k{};
-    const int32_t* ids = head.key_segments + key;
     n >= kLanes ? memcpy(&k, ids, sizeof k) : memcpy(&k, ids, kept_lanes(n) * sizeof(int32_t));
     seen = k == splat_i(head.query_segments[row]);
   }
-  if (head.mask) seen &= load_flags(head.mask + row * args.mask.query + key * args.mask.key, args.mask.key, n);
-  return seen;
+  if (head.mask) seen &= load_flags(flags, args.mask.key, n);
+  return select(seen, x, splat(-kInfinity));
+#endif
 }
 
 // tanh, relative error about 2e-7: an odd polynomial near 0, elsewhere 1 - 2 / (e^2x + 1).
@@ -253,7 +287,7 @@ JAXEXT_NOINLINE void apply_chosen_rules(const Rules& rules, const HeadArrays& he
       vf x = load(p);
       if (kChanges) x = change_scores(rules, head, i, start + c, x, slope ? slope + r * width + c : nullptr);
       if (c < low || c + kLanes - 1 > high) x = select(lanes_between(low, high, c), x, splat(-kInfinity));
-      if (kHides) x = select(visible_lanes(args, head, i, start + c), x, splat(-kInfinity));
+      if (kHides) x = hide(args, head, i, start + c, x);
       store(p, x);
     }
   }
