@@ -40,6 +40,10 @@ class Settings:
 
     _hash: int = dataclasses.field(default=0, init=False, repr=False, compare=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Hashes of names differ from process to process.
+        return Settings, (self.exclude, self.require, self.strict, self.probe)
+
     def inside(self, outer: Settings | None) -> Settings:
         """These settings in the scope of `outer`: what either switches off is off."""
         if outer is None:

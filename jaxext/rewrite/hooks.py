@@ -39,8 +39,8 @@ CONCRETE = (
 _lock = threading.RLock()
 _active: compat.HookStatus | None = None
 _relying: weakref.WeakSet[Any] = weakref.WeakSet()
-# Functions that `accelerate` jits: they carry their settings with them, and switch them on while they are traced.
-_accelerated: weakref.WeakKeyDictionary[Any, Settings] = weakref.WeakKeyDictionary()
+# What `accelerate` jits carries its settings with it, and switches them on while it is traced.
+_ANCHOR = "__jaxext_anchor__"
 
 
 # ---------------------------------------------------------------- differentiation
@@ -194,11 +194,26 @@ def _known(jaxpr: Any, settings: Settings, name: str, report: Report) -> _Traced
     return known
 
 
+class _Anchor:
+    """Marks the function that stands for an accelerated one in its jit, and keeps the hooks in place while that lives.
+
+    It is pickled with the function, so that cloudpickle brings an accelerated function to another process.
+    """
+
+    def __init__(self, fun: Callable[..., Any], settings: Settings) -> None:
+        self.fun, self.settings = fun, settings
+        activate(relying=self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.fun, self.settings)
+
+
 def _settings_of(fun: Any) -> Settings | None:
-    own = _accelerated.get(fun) if isinstance(fun, FunctionType) else None
-    if own is None or _settings.is_off():
+    anchor = fun.__dict__.get(_ANCHOR) if isinstance(fun, FunctionType) else None
+    # functools.wraps copies the mark to functions around this one.
+    if anchor is None or _settings.is_off() or getattr(fun, "__wrapped__", None) is not anchor.fun:
         return _settings.current()
-    return own.inside(_settings.current())
+    return anchor.settings.inside(_settings.current())
 
 
 def accelerated(fun: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
@@ -206,18 +221,21 @@ def accelerated(fun: Callable[..., Any], settings: Settings) -> Callable[..., An
 
     @functools.wraps(fun)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        if _settings.is_off():
-            return fun(*args, **kwargs)
-        outer = _settings.current()
-        with _settings.within(settings, outer):
-            if _active is not None and not _active.jit:
-                return rewritten(fun, settings.inside(outer), whole_step=True)(*args, **kwargs)
-            return fun(*args, **kwargs)
+        return _run_accelerated(fun, settings, args, kwargs)
 
     traced.__name__ = compat.user_name(fun)
-    _accelerated[traced] = settings
-    activate(relying=traced)
+    traced.__dict__[_ANCHOR] = _Anchor(fun, settings)
     return traced
+
+
+def _run_accelerated(fun: Callable[..., Any], settings: Settings, args: Any, kwargs: Any) -> Any:
+    if _settings.is_off():
+        return fun(*args, **kwargs)
+    outer = _settings.current()
+    with _settings.within(settings, outer):
+        if _active is not None and not _active.jit:
+            return rewritten(fun, settings.inside(outer), whole_step=True)(*args, **kwargs)
+        return fun(*args, **kwargs)
 
 
 def _exchange(jaxpr: Any, settings: Settings, name: str, before: Report) -> tuple[Any, Report]:
