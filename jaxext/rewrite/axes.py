@@ -57,7 +57,10 @@ def operand(value: Value, view: View) -> View:
 def operands(view: View) -> list[View]:
     """All inputs of the elementwise operation whose result is `view`."""
     node = source(view.value)
-    return [] if node is None else [operand(value, view) for value in node.inputs]
+    # An operation on what is no array, such as a read of an nnx variable, is elementwise in nothing.
+    if node is None or not all(hasattr(value.aval, "shape") for value in node.inputs):
+        return []
+    return [operand(value, view) for value in node.inputs]
 
 
 def label(value: Value) -> View:

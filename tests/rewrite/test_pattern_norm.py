@@ -9,6 +9,8 @@ from agreement import assert_agrees, assert_matched, assert_missed, normals, rep
 from flax import nnx
 from jax import lax
 
+import jaxext
+
 B, T, F = 2, 6, 32
 
 
@@ -83,6 +85,21 @@ def test_flax_nnx_modules():
         graph, state = nnx.split(module(F, rngs=nnx.Rngs(0)))
         state = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.arange(F) / F, state)
         assert_matched(lambda x, graph=graph, state=state: nnx.merge(graph, state)(x), x, kernel=kernel)
+
+
+def test_a_scale_that_is_read_from_a_variable_inside_the_program():
+    x, s, _ = arguments()
+    scale = nnx.Param(s, hijax=True)
+
+    def loss(x, scale):
+        return jnp.sum(((x - mean(x)) * lax.rsqrt(var(x) + 1e-5) * scale.get_value()) ** 3)
+
+    step = jax.jit(lambda x, scale: jax.grad(loss)(x, scale))
+    report = jaxext.explain(step)(x, scale)
+    assert (len(report.replaced), report.fallbacks) == (1, []), report
+    with jaxext.disabled():
+        expected = step(x, scale)
+    np.testing.assert_allclose(jaxext.accelerate(step)(x, scale), expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_numbers_fold_into_scale_and_epsilon():
