@@ -148,7 +148,8 @@ def recorded(tracer: Any) -> tuple[Any, int] | None:
     The equation has the attributes of a jaxpr's; `in_tracers` are its operands.
     """
     parent = tracer.parent if isinstance(tracer, pe.DynamicJaxprTracer) else None
-    return None if parent is None else (parent, next(i for i, var in enumerate(parent.outvars) if var is tracer.val))
+    places = [] if parent is None else [i for i, var in enumerate(parent.outvars) if var is tracer.val]
+    return (parent, places[0]) if places else None
 
 
 def lowered(x: Any) -> Any:

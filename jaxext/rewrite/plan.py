@@ -308,7 +308,7 @@ def _by_root(replacements: Sequence[Replacement]) -> dict[Value, Replacement]:
 
 def _live(plan: Plan) -> set[Value]:
     """The values that still have to exist."""
-    by_root = {root: replacement for replacement in plan.replacements for root in replacement.match.roots}
+    by_root = _by_root(plan.replacements)
     effectful = [node for node in plan.graph.nodes if node.eqn.effects]
     stack = [*plan.graph.outputs, *(value for node in effectful for value in node.inputs)]
     live: set[Value] = set()
@@ -327,7 +327,7 @@ def _live(plan: Plan) -> set[Value]:
 def _drop_what_does_not_pay(plan: Plan, mode: Mode) -> set[Value]:
     while True:
         live = _live(plan)
-        dropped = [r for r in plan.replacements if _has_cycle(r) or (mode.whole_step and _broken_open(r, live))]
+        dropped = _in_cycle(plan) or [r for r in plan.replacements if mode.whole_step and _broken_open(r, live)]
         for replacement in dropped:
             plan.replacements.remove(replacement)
             reason = "values inside it are used elsewhere, so that stock JAX would have to compute them too"
@@ -353,17 +353,28 @@ def _broken_open(replacement: Replacement, live: set[Value]) -> bool:
     return False
 
 
-def _has_cycle(replacement: Replacement) -> bool:
-    """True where an input of the match depends on one of its roots."""
-    roots = set(replacement.match.roots)
-    first = min(root.node.position for root in roots if root.node is not None)
+def _in_cycle(plan: Plan) -> list[Replacement]:
+    """A replacement with an input that depends on one of its roots, through the other replacements too."""
+    if all(len(replacement.match.roots) == 1 for replacement in plan.replacements):
+        return []  # in program order there is no cycle
+    by_root = _by_root(plan.replacements)
+    for replacement in plan.replacements:
+        if len(replacement.match.roots) > 1 and _depends_on_itself(replacement, by_root):
+            return [replacement]
+    return []
+
+
+def _depends_on_itself(replacement: Replacement, by_root: dict[Value, Replacement]) -> bool:
     stack, seen = list(replacement.match.inputs), set()
     while stack:
         value = stack.pop()
-        if value in roots:
+        if by_root.get(value) is replacement:
             return True
-        if value in seen or value.node is None or value.node.position < first:
+        if value in seen:
             continue
         seen.add(value)
-        stack += value.node.inputs
+        if value in by_root:
+            stack += by_root[value].match.inputs
+        elif value.node is not None:
+            stack += value.node.inputs
     return False

@@ -15,6 +15,10 @@ import numpy as np
 
 from .. import _jax_compat as compat
 
+HIDDEN, OUTSIDE = -1, -2
+# How many operations of an enclosing function are looked at for one array that comes from there.
+_OUTSIDE_BUDGET = 64
+
 
 class Value:
     """One array in a graph.
@@ -24,7 +28,8 @@ class Value:
     this value is computed as: matchers may look through it, and what they do not match is emitted as the opaque call it
     was. A user's custom derivative is never looked into, as a kernel would not keep it.
     ``origin``, of an input of a function inside an operation, is the value of the enclosing graph that it always is
-    (not a loop's carry or slice): it says what the input is, and cannot be computed with.
+    (not a loop's carry or slice); of a tracer that the function closed over, the value in the enclosing function's
+    trace. It says what the value is, and cannot be computed with.
     """
 
     __slots__ = ("aval", "const", "inner", "node", "origin")
@@ -52,8 +57,8 @@ class Value:
 class Node:
     """One operation: ``outputs = primitive(*inputs, **params)``; ``eqn`` is the JAX equation that it came from.
 
-    ``position`` numbers a graph's nodes in program order, -1 for the nodes inside a custom_jvp body: those can be
-    looked at, not emitted.
+    ``position`` numbers a graph's nodes in program order, HIDDEN for the nodes inside a custom_jvp body and OUTSIDE for
+    those of an enclosing function: they can be looked at, not emitted.
     """
 
     __slots__ = ("eqn", "inputs", "outputs", "params", "position", "primitive")
@@ -129,7 +134,7 @@ def build(closed_jaxpr: Any, origins: Sequence[Value | None] = ()) -> Graph:
     for value, origin in zip(graph.inputs, origins):
         value.origin = origin
     captured = [_capture(graph, const) for const in consts]
-    graph.outputs = _flatten(graph, jaxpr, captured, graph.inputs, graph.calls, hidden=False)
+    graph.outputs = _flatten(graph, jaxpr, captured, graph.inputs, graph.calls, None)
     return graph
 
 
@@ -137,13 +142,35 @@ def _capture(graph: Graph, const: Any) -> Value:
     concrete = not isinstance(const, compat.Tracer) and not compat.is_ref(const)
     value = Value(jax.typeof(const), const=const if concrete else None)
     graph.captures[value] = const
+    if not concrete and not compat.is_ref(const):
+        value.origin = _outside(graph, const, {}, [_OUTSIDE_BUDGET])
     return value
 
 
+def _outside(graph: Graph, const: Any, seen: dict[int, Value], budget: list[int]) -> Value:
+    """What an array of an enclosing function that is being traced is computed from, as far as the budget goes."""
+    const = compat.lowered(const)
+    if not isinstance(const, compat.Tracer):
+        return Value(jax.typeof(const), const=None if compat.is_ref(const) else const)
+    if id(const) in seen:
+        return seen[id(const)]
+    record = compat.recorded(const)
+    if record is None or budget[0] <= 0:
+        return seen.setdefault(id(const), Value(jax.typeof(const)))
+    eqn, place = record
+    budget[0] -= 1
+    operands = [_outside(graph, operand, seen, budget) for operand in eqn.in_tracers]
+    if compat.is_plain_call(eqn):
+        outputs = _flatten_call(graph, eqn, operands, [], OUTSIDE)
+    else:
+        outputs = Node(eqn, operands, OUTSIDE).outputs
+    return seen.setdefault(id(const), outputs[place])
+
+
 def _flatten(
-    graph: Graph, jaxpr: Any, consts: list[Value], inputs: list[Value], calls: list[Call], hidden: bool
+    graph: Graph, jaxpr: Any, consts: list[Value], inputs: list[Value], calls: list[Call], place: int | None
 ) -> list[Value]:
-    """Append the equations of `jaxpr` to `graph`; hidden: they are a custom_jvp body, to be looked at only."""
+    """Append the equations of `jaxpr` to `graph`; `place`: HIDDEN or OUTSIDE for those only to be looked at."""
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts))
     env.update(zip(jaxpr.invars, inputs))
 
@@ -155,11 +182,11 @@ def _flatten(
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         if compat.is_plain_call(eqn):
-            outputs = _flatten_call(graph, eqn, operands, calls, hidden)
+            outputs = _flatten_call(graph, eqn, operands, calls, place)
         else:
-            node = Node(eqn, operands, -1 if hidden else len(graph.nodes))
+            node = Node(eqn, operands, len(graph.nodes) if place is None else place)
             outputs = node.outputs
-            if not hidden:
+            if place is None:
                 graph.nodes.append(node)
             if node.primitive == "custom_jvp_call" and compat.differentiates_its_body(eqn):
                 _look_inside(graph, node)
@@ -167,13 +194,13 @@ def _flatten(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _flatten_call(graph: Graph, eqn: Any, operands: list[Value], calls: list[Call], hidden: bool) -> list[Value]:
+def _flatten_call(graph: Graph, eqn: Any, operands: list[Value], calls: list[Call], place: int | None) -> list[Value]:
     inner, consts = compat.open_jaxpr(compat.called_jaxpr(eqn))
     captured = [_capture(graph, const) for const in consts]
     call = Call(eqn, operands, len(graph.nodes))
-    call.outputs = _flatten(graph, inner, captured, operands, call.calls, hidden)
+    call.outputs = _flatten(graph, inner, captured, operands, call.calls, place)
     call.stop = len(graph.nodes)
-    if not hidden and call.stop > call.start:
+    if call.stop > call.start:
         calls.append(call)
     return call.outputs
 
@@ -181,6 +208,6 @@ def _flatten_call(graph: Graph, eqn: Any, operands: list[Value], calls: list[Cal
 def _look_inside(graph: Graph, node: Node) -> None:
     body, consts = compat.open_jaxpr(node.params["call_jaxpr"])
     captured = [_capture(graph, const) for const in consts]
-    computed = _flatten(graph, body, captured, node.inputs, [], hidden=True)
+    computed = _flatten(graph, body, captured, node.inputs, [], HIDDEN)
     for output, inner in zip(node.outputs, computed):
         output.inner = inner

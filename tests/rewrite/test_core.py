@@ -205,6 +205,18 @@ def test_a_match_whose_input_depends_on_its_root_is_dropped():
     np.testing.assert_allclose(replay(plan, [X, X])[0], np.sin(2 * X) * np.exp(2 * X), rtol=1e-6)
 
 
+def test_of_two_matches_that_would_wait_for_each_other_one_is_dropped():
+    def function(x, r, y, z):
+        first, second = x + r, y + z
+        return jnp.sin(first) * jnp.exp(second), jnp.sin(second) * jnp.exp(first)
+
+    plan = planned(function, X, X, X, 2 * X, patterns=(two_roots(),))
+    assert len(plan.replacements) == len(plan.report.missed) == 1
+    one, other = replay(plan, [X, X, X, 2 * X])
+    np.testing.assert_allclose(one, np.sin(2 * X) * np.exp(3 * X) + 100, rtol=1e-5)
+    np.testing.assert_allclose(other, np.sin(3 * X) * np.exp(2 * X + 10), rtol=1e-5)
+
+
 def test_a_larger_pattern_takes_what_a_smaller_one_is_part_of():
     sine = Pattern(
         "rms_norm",

@@ -8,6 +8,8 @@ import pytest
 from agreement import assert_agrees, assert_matched, assert_missed, normals, report_of
 from jax import lax
 
+import jaxext
+
 B, H, T, D = 2, 2, 8, 4
 ROW, COLUMN = np.arange(T)[:, None], np.arange(T)[None]
 MIN = float(np.finfo(np.float32).min)
@@ -228,3 +230,46 @@ def test_integer_masks_count_bits_and_wrap_around_as_in_stock_jax(name):
 
 def test_a_scale_computed_from_the_bits_of_integers_is_exact():
     assert_agrees(lambda q, k, v: attend(q * (jnp.int32(6) & jnp.int32(3)), k, v, i() >= j()), *qkv())
+
+
+def _causal_outside(wrt_argument):
+    """A train step that makes its mask ahead of the differentiation."""
+
+    def step(q, k, v, lengths):
+        mask = jnp.tril(jnp.ones((T, T), bool))
+        padded = jnp.logical_and(mask, (jnp.arange(T) < lengths[:, None])[:, None, None, :])
+
+        def loss(q, mask, padded):
+            return jnp.sin(attend(q, k, v, mask)).sum() + attend(q, 2 * k, v, padded).sum()
+
+        if wrt_argument:
+            return jax.grad(loss)(q, mask, padded)
+        return jax.grad(lambda q: loss(q, mask, padded))(q)
+
+    return step
+
+
+@pytest.mark.parametrize("wrt_argument", [True, False], ids=["argument", "closure"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit inside"])
+def test_a_mask_made_ahead_of_the_differentiation_is_a_band_still(wrt_argument, wrap):
+    step = wrap(_causal_outside(wrt_argument))
+    lengths = jnp.array([8, 5])
+    report = jaxext.explain(jax.jit(lambda *args: step(*args)))(*qkv(), lengths)
+    assert sorted(entry.detail for entry in report.replaced) == [
+        "heads=2, band=(None, 0)",
+        "heads=2, band=(None, 0), mask",
+    ]
+    with jaxext.disabled():
+        expected = jax.jit(step)(*qkv(), lengths)
+    found = jaxext.accelerate(lambda *args: step(*args))(*qkv(), lengths)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_scale_made_ahead_of_the_differentiation_is_a_number():
+    def step(q, k, v):
+        scale = jnp.sqrt(jnp.float32(D))
+        hidden = jnp.where(jnp.tril(jnp.ones((T, T))) > 0, 0.0, -1e9)
+        return jax.grad(lambda q: attend_biased(q / scale, k, v, hidden).sum())(q)
+
+    (entry,) = jaxext.explain(jax.jit(step))(*qkv()).replaced
+    assert entry.detail == "heads=2, band=(None, 0)" and len(entry.shapes) == 3

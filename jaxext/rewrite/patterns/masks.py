@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from ..axes import Axis, View, climb, operand, shrink, up
 from ..facts import ALIASES, CAST, LAYOUT, Facts, constant, resolve, source
-from ..trace import Node, Value
+from ..trace import HIDDEN, Node, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ def _input(value: Value, part: Slice) -> Slice:
 
 
 def _at_hand(value: Value) -> bool:
-    """Whether the graph computes the value, and not only a custom_jvp body or an enclosing graph."""
-    return value.node is None or value.node.position >= 0
+    """Whether the graph computes the value, or an enclosing one does, and not only a custom_jvp body."""
+    return value.node is None or value.node.position != HIDDEN
 
 
 def _split(facts: Facts, part: Slice, wanted: bool) -> tuple[Condition, ...] | None:
