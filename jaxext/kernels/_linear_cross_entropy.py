@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD_IN_PLACE, OutOfRange, check_choices, int32_labels
 from jaxext.kernels._op import Op, Role, derive
+from jaxext.kernels._product import matrix_product
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_refusal"]
 
@@ -54,9 +55,12 @@ class _Problem(NamedTuple):
     def loss_params(self) -> dict[str, Any]:
         return {"label_smoothing": self.label_smoothing, "out_of_range": self.out_of_range, "out_dtype": None}
 
+    @property
+    def rounds(self) -> bool:
+        return jnp.promote_types(self.x.dtype, self.weight.dtype) == jnp.bfloat16
+
     def logits(self, rows: jax.Array) -> jax.Array:
-        contract = (((1,), (1 if self.classes_first else 0,)), ((), ()))
-        made = jax.lax.dot_general(rows, self.weight, contract, preferred_element_type=self.wide)
+        made = matrix_product(rows, self.weight, b_turned=self.classes_first, rounds=self.rounds)
         return made if self.bias is None else made + self.bias.astype(self.wide)
 
     def add_gradients(
@@ -74,27 +78,10 @@ class _Problem(NamedTuple):
         dweight, dbias = sums
         if self.bias is not None:
             dbias = dbias + jnp.sum(dlogits, 0)
-        dlogits = dlogits.astype(jnp.promote_types(rows.dtype, self.weight.dtype))
-        contract = (((1,), (0 if self.classes_first else 1,)), ((), ()))
-        drows = jax.lax.dot_general(dlogits, self.weight, contract, preferred_element_type=self.wide)
-        return (_add_products(dweight, rows, dlogits, self.classes_first), dbias), drows
-
-
-def _add_products(sums: jax.Array, rows: jax.Array, dlogits: jax.Array, classes_first: bool) -> jax.Array:
-    """sums + rows^T dlogits (or its transpose), some features at a time: the whole product would be a second `sums`."""
-    features, axis = rows.shape[1], 1 if classes_first else 0
-    block = min(features, max(128, 2**22 // dlogits.shape[1]))
-
-    def add(sums: jax.Array, first: Any, count: int) -> jax.Array:
-        some = jax.lax.dynamic_slice_in_dim(rows, first, count, 1)
-        left, right = (dlogits, some) if classes_first else (some, dlogits)
-        product = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=sums.dtype)
-        before = jax.lax.dynamic_slice_in_dim(sums, first, count, axis)
-        return jax.lax.dynamic_update_slice_in_dim(sums, before + product, first, axis)
-
-    whole = features // block
-    sums = jax.lax.fori_loop(0, whole, lambda i, sums: add(sums, i * block, block), sums)
-    return add(sums, whole * block, features % block) if features % block else sums
+        first, second = (dlogits, rows) if self.classes_first else (rows, dlogits)
+        dweight = matrix_product(first, second, dweight, a_turned=True, rounds=self.rounds)
+        drows = matrix_product(dlogits, self.weight, b_turned=not self.classes_first, rounds=self.rounds)
+        return (dweight, dbias), drows
 
 
 def _problem(operands: Sequence[jax.Array], extras: tuple[str, ...], uniform: bool, **choices: Any) -> _Problem:

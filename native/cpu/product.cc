@@ -1,0 +1,225 @@
+// Matrix product with float32 accumulation, out = a b or out += a b, for operands stored either way round.
+//
+// A task makes one block of the result. It packs a block of b into panels that stay in the second-level cache and runs
+// the register-blocked tile over it. Rows of f32 that are contiguous along k are read in place.
+#include "product.h"
+
+#ifdef JAXEXT_KERNEL
+#include "attention_tile.h"
+#include "rows.h"
+
+namespace jaxext::JAXEXT_ISA {
+namespace {
+
+constexpr int64_t kProductRows = 264, kProductColumns = 256;  // of a task's block; multiples of kRows and kPanel
+constexpr int64_t kDepth = 256;                                // words of k packed at a time
+static_assert(kProductRows % kRows == 0 && kProductColumns % kPanel == 0);
+
+
+template <class X>
+JAXEXT_INLINE vf load_or_zero(const X* p, int64_t n) {
+  return n >= kLanes ? load(p) : n > 0 ? load_first(p, n) : vf{};
+}
+
+// Two rows of floats as one row of words: the first in the lower halves.
+JAXEXT_INLINE vf paired(vf low, vf high) {
+  vu l = __builtin_convertvector(narrow(low), vu), h = __builtin_convertvector(narrow(high), vu);
+  return (vf)(l | (h << 16));
+}
+
+// `words` steps of rows of n elements, `stride` apart, to panels [n / width][words][width] with zeros for padding.
+template <class Mode, class X>
+void pack_steps(const X* from, int64_t stride, int64_t k, int64_t n, int64_t width, float* to) {
+  const int64_t steps = words<Mode>(k);
+  for (int64_t first = 0; first < n; first += width) {
+    for (int64_t s = 0; s < steps; s++, to += width) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const int64_t left = n - first - j;
+        if constexpr (Mode::kPaired) {
+          const X* row = from + 2 * s * stride + first + j;
+          store(to + j, paired(load_or_zero(row, left), 2 * s + 1 < k ? load_or_zero(row + stride, left) : vf{}));
+        } else {
+          store(to + j, load_or_zero(from + s * stride + first + j, left));
+        }
+      }
+    }
+  }
+}
+
+// A row of k elements as words.
+template <class Mode, class X>
+JAXEXT_INLINE void pack_row(const X* from, int64_t k, float* to) {
+  if constexpr (Mode::kPaired) {
+    bf16* half = reinterpret_cast<bf16*>(to);
+    if (k % 2) half[k] = 0;
+    over_row(k, [&](int64_t j, auto part, int) __attribute__((always_inline)) { part.put(half + j, part.get(from + j)); });
+  } else {
+    over_row(k, [&](int64_t j, auto part, int) __attribute__((always_inline)) { part.put(to + j, part.get(from + j)); });
+  }
+}
+
+// n rows of k elements, `stride` apart, to panels [n / kPanel][words][kPanel]: four rows at a time are turned.
+template <class Mode, class X>
+void pack_turned(const X* from, int64_t stride, int64_t k, int64_t n, float* to) {
+  alignas(64) float rows[4][kDepth];
+  const int64_t steps = words<Mode>(k), whole = round_down(steps, 4);
+  for (int64_t j = 0; j < round_up(n, kPanel); j += 4) {
+    float* panel = to + j / kPanel * kPanel * steps + j % kPanel;
+    for (int64_t r = 0; r < 4; r++) {
+      if (j + r < n) pack_row<Mode>(from + (j + r) * stride, k, rows[r]);
+      else memset(rows[r], 0, steps * sizeof(float));
+    }
+    for (int64_t s = 0; s < whole; s += 4) {
+      __m128 w0 = _mm_load_ps(rows[0] + s), w1 = _mm_load_ps(rows[1] + s);
+      __m128 w2 = _mm_load_ps(rows[2] + s), w3 = _mm_load_ps(rows[3] + s);
+      _MM_TRANSPOSE4_PS(w0, w1, w2, w3);
+      _mm_storeu_ps(panel + s * kPanel, w0);
+      _mm_storeu_ps(panel + (s + 1) * kPanel, w1);
+      _mm_storeu_ps(panel + (s + 2) * kPanel, w2);
+      _mm_storeu_ps(panel + (s + 3) * kPanel, w3);
+    }
+    for (int64_t s = whole; s < steps; s++)
+      for (int64_t r = 0; r < 4; r++) memcpy(panel + s * kPanel + r, rows[r] + s, sizeof(float));
+  }
+}
+
+// Rows [i, i + m) and steps [p, p + k) of a, ready for the tile.
+template <class Mode, class X>
+Left left_block(const ProductArgs& a, int64_t i, int64_t m, int64_t p, int64_t k, float* room) {
+  const X* from = static_cast<const X*>(a.a.data);
+  if (a.a.turned) {
+    pack_steps<Mode>(from + p * a.m + i, a.m, k, m, kProductRows + kLanes - kProductRows % kLanes, room);
+    return {room, 1, kProductRows + kLanes - kProductRows % kLanes};
+  }
+  from += i * a.k + p;
+  if constexpr (!Mode::kPaired && sizeof(X) == sizeof(float)) return {from, a.k, 1};
+  for (int64_t r = 0; r < m; r++) pack_row<Mode>(from + r * a.k, k, room + r * kDepth);
+  return {room, kDepth, 1};
+}
+
+template <class Mode, class X>
+void right_block(const ProductArgs& a, int64_t j, int64_t n, int64_t p, int64_t k, float* room) {
+  const X* from = static_cast<const X*>(a.b.data);
+  if (a.b.turned) pack_turned<Mode>(from + j * a.k + p, a.k, k, n, room);
+  else pack_steps<Mode>(from + p * a.n + j, a.n, k, n, kPanel, room);
+}
+
+// out[kHeight][width] += a b, through a whole tile where the panel is wider than the result.
+template <class Mode, int kHeight>
+void add_tile(float* out, int64_t out_row, Left a, const float* panel, int64_t steps, int64_t width) {
+  for (int64_t r = 0; r < kHeight; r++)  // needed only once the product is made
+    for (int64_t c = 0; c < width; c += 16) prefetch(out + r * out_row + c);
+  if (width == kPanel)
+    return multiply_tile<Mode, kHeight, kTileVectors, true>(out, out_row, a, {panel, kPanel}, steps);
+  alignas(64) float whole[kHeight * kPanel];
+  multiply_tile<Mode, kHeight, kTileVectors, false>(whole, kPanel, a, {panel, kPanel}, steps);
+  for (int64_t r = 0; r < kHeight; r++)
+    for (int64_t c = 0; c < width; c++) out[r * out_row + c] += whole[r * kPanel + c];
+}
+
+template <class Mode>
+void multiply_block(float* out, int64_t out_row, Left a, const float* b, int64_t m, int64_t n, int64_t steps) {
+  for (int64_t c = 0; c < n; c += kPanel) {
+    const float* panel = b + c * steps;
+    const int64_t width = least(kPanel, n - c);
+    int64_t r = 0;
+    for (; r + kRows <= m; r += kRows)
+      add_tile<Mode, kRows>(out + r * out_row + c, out_row, {a.data + r * a.row, a.row, a.step}, panel, steps, width);
+    for (; r + kFewRows <= m; r += kFewRows)
+      add_tile<Mode, kFewRows>(out + r * out_row + c, out_row, {a.data + r * a.row, a.row, a.step}, panel, steps, width);
+    for (; r < m; r++)
+      add_tile<Mode, 1>(out + r * out_row + c, out_row, {a.data + r * a.row, a.row, a.step}, panel, steps, width);
+  }
+}
+
+// Nearly equal blocks of at most `most`, in units of `unit`.
+JAXEXT_INLINE int64_t block_of(int64_t n, int64_t most, int64_t unit) {
+  const int64_t blocks = (n + most - 1) / most;
+  return round_up((n + blocks - 1) / blocks, unit);
+}
+
+template <class Mode, class A, class B>
+void multiply(const ProductArgs& a, const Parallel& par) {
+  const int64_t height = block_of(a.m, kProductRows, kRows), width = block_of(a.n, kProductColumns, kPanel);
+  const int64_t down = (a.m + height - 1) / height, across = (a.n + width - 1) / width;
+  const int64_t depth = Mode::kPaired ? 2 * kDepth : kDepth;
+  parallel_for(par, down * across, [&](int64_t task) {
+    const int64_t i = task % down * height, j = task / down * width;
+    const int64_t m = least(height, a.m - i), n = least(width, a.n - j);
+    float* right = static_cast<float*>(thread_arena((kProductColumns + kProductRows + kLanes) * kDepth * sizeof(float)));
+    float* left = right + kProductColumns * kDepth;
+    float* out = a.out + i * a.n + j;
+    if (!a.adds)
+      for (int64_t r = 0; r < m; r++) memset(out + r * a.n, 0, n * sizeof(float));
+    for (int64_t p = 0; p < a.k; p += depth) {
+      const int64_t k = least(depth, a.k - p);
+      right_block<Mode, B>(a, j, n, p, k, right);
+      multiply_block<Mode>(out, a.n, left_block<Mode, A>(a, i, m, p, k, left), right, m, n, words<Mode>(k));
+    }
+  });
+}
+
+template <class Mode>
+void multiply_as(const ProductArgs& a, const Parallel& par) {
+  if (a.a.bf16) a.b.bf16 ? multiply<Mode, bf16, bf16>(a, par) : multiply<Mode, bf16, float>(a, par);
+  else a.b.bf16 ? multiply<Mode, float, bf16>(a, par) : multiply<Mode, float, float>(a, par);
+}
+
+}  // namespace
+
+void matrix_product(const ProductArgs& a, const Parallel& par) {
+#if defined(__AVX512BF16__)
+  if (a.rounds) return multiply_as<Paired>(a, par);
+#endif
+  multiply_as<Float32>(a, par);
+}
+
+}  // namespace jaxext::JAXEXT_ISA
+#endif  // JAXEXT_KERNEL
+
+#ifdef JAXEXT_HANDLER
+#include "ffi.h"
+
+JAXEXT_DECLARE(matrix_product, ProductArgs)
+
+namespace jaxext {
+namespace {
+
+// Operands: a, b, [what is added to, which the result overwrites].
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::RemainingArgs sums,
+                    ffi::Result<ffi::AnyBuffer> out, bool a_turned, bool b_turned, bool rounds) {
+  const char* op = "matrix_product";
+  const auto left = a.dimensions(), right = b.dimensions(), made = out->dimensions();
+  if (left.size() != 2 || !is_float(a.element_type())) return bad_argument(op, "a", "f32 or bf16 of rank 2");
+  const int64_t m = left[a_turned], k = left[!a_turned];
+  if (right.size() != 2 || !is_float(b.element_type()) || right[b_turned] != k)
+    return bad_argument(op, "b", "f32 or bf16 of rank 2 with as many rows as a has columns");
+  const int64_t n = right[!b_turned];
+  if (made.size() != 2 || made[0] != m || made[1] != n || out->element_type() != ffi::DataType::F32)
+    return bad_argument(op, "out", "f32 of a's rows and b's columns");
+  ProductArgs args{{a.untyped_data(), a.element_type() == ffi::DataType::BF16, a_turned},
+                   {b.untyped_data(), b.element_type() == ffi::DataType::BF16, b_turned},
+                   static_cast<float*>(out->untyped_data()), m, n, k, sums.size() > 0, rounds};
+  if (args.adds) {
+    const auto sum = sums.get<ffi::AnyBuffer>(0);
+    if (sums.size() != 1 || !sum.has_value() || sum->untyped_data() != out->untyped_data())
+      return bad_argument(op, "sum", "one buffer, which the result overwrites");
+  }
+  if (m && n) JAXEXT_DISPATCH(matrix_product)(args, parallel(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxext
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_matrix_product, jaxext::multiply,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<bool>("a_turned")
+                                  .Attr<bool>("b_turned")
+                                  .Attr<bool>("rounds"));
+#endif  // JAXEXT_HANDLER

@@ -1,0 +1,79 @@
+"""The matrix product of linear + cross-entropy: both ways round, any size, in place, on every instruction set."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxext.kernels._op import native_status
+from jaxext.kernels._product import matrix_product
+
+needs_native = pytest.mark.skipif(bool(native_status()), reason="no native kernels here: " + native_status())
+
+SIZES = [(1, 1, 1), (7, 5, 65), (6, 513, 70), (265, 300, 270), (3, 1025, 17), (0, 4, 5), (4, 0, 5)]
+
+
+def stored(rng, rows, columns, turned, dtype):
+    return jnp.asarray(rng.standard_normal((columns, rows) if turned else (rows, columns)), dtype)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("size", SIZES)
+def test_products_are_exact_to_accumulated_rounding(size, turned, adds, dtypes):
+    m, k, n = size
+    rng = np.random.default_rng(0)
+    a, b = stored(rng, m, k, turned[0], dtypes[0]), stored(rng, k, n, turned[1], dtypes[1])
+    add_to = jnp.asarray(rng.standard_normal((m, n)), jnp.float32) if adds else None
+    rounds = "bfloat16" in dtypes
+    if rounds:  # rounding is allowed, not promised: values that it leaves alone
+        a, b = (v.astype(jnp.bfloat16).astype(v.dtype) for v in (a, b))
+    out = matrix_product(a, b, add_to, a_turned=turned[0], b_turned=turned[1], rounds=rounds)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a, b = a.T if turned[0] else a, b.T if turned[1] else b
+    sums = 0.0 if add_to is None else np.asarray(add_to, np.float64)
+    # Higham (2002), 3.1: k roundings of the sum of absolute products; one more for the addition.
+    bound = (k + 2) * float(jnp.finfo(jnp.float32).eps) * (np.abs(a) @ np.abs(b) + np.abs(sums)) + 1e-30
+    assert out.dtype == jnp.float32 and out.shape == (m, n)
+    assert (np.abs(np.asarray(out, np.float64) - (a @ b + sums)) <= bound).all()
+
+
+@needs_native
+def test_the_sum_is_added_to_in_place():
+    a, b, add_to = jnp.ones((300, 8)), jnp.ones((8, 400)), jnp.ones((300, 400))
+    compiled = jax.jit(lambda a, b, s: matrix_product(a, b, s), donate_argnums=2).lower(a, b, add_to).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < add_to.nbytes / 8
+    np.testing.assert_array_equal(compiled(a, b, add_to), np.full((300, 400), 9.0))
+
+
+def test_a_sum_that_is_used_again_is_kept():
+    a, b, add_to = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.ones((3, 4))
+    np.testing.assert_array_equal(matrix_product(a, b, add_to), np.full((3, 4), 3.0))
+    np.testing.assert_array_equal(add_to, np.ones((3, 4)))
+
+
+def test_derivatives_and_batching_are_those_of_the_dot():
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((5, 7), (7, 9)))
+    ours = jax.grad(lambda a, b: jnp.sin(matrix_product(a, b)).sum(), (0, 1))(a, b)
+    for mine, exact in zip(ours, jax.grad(lambda a, b: jnp.sin(a @ b).sum(), (0, 1))(a, b)):
+        np.testing.assert_allclose(mine, exact, rtol=1e-5, atol=1e-5)
+    batched = jax.vmap(matrix_product, (0, None))(jnp.stack([a, -a]), b)
+    np.testing.assert_allclose(batched, jnp.stack([a @ b, -a @ b]), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["v2", "v3", "v4", "v4bf16"])
+def test_every_instruction_set_agrees(isa):
+    from jaxext import _native
+
+    if isa not in _native.compiled_isas():
+        pytest.skip(f"{isa} is not compiled here")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "size3 or in_place"]
+    done = subprocess.run(command, env={**os.environ, "JAXEXT_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
