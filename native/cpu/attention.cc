@@ -13,11 +13,19 @@ typedef Paired Bfloat16;
 typedef Widened Bfloat16;
 #endif
 
-void attention_forward(const AttentionArgs& args, const Parallel& par) {
+// Below about 20 microseconds of work, waking the other threads costs more than they bring.
+static Parallel enough_threads(const AttentionArgs& a, const Parallel& par) {
+  int64_t flops = 2 * a.batch * a.heads * a.queries * a.keys * (a.depth + a.value_depth);
+  return flops <= int64_t{1} << 21 ? Parallel{par.pool, 1, par.run} : par;
+}
+
+void attention_forward(const AttentionArgs& args, const Parallel& pool) {
+  Parallel par = enough_threads(args, pool);
   args.element == AttentionElement::f32 ? forward<Float32>(args, par) : forward<Bfloat16>(args, par);
 }
 
-void attention_backward(const AttentionArgs& args, const Parallel& par) {
+void attention_backward(const AttentionArgs& args, const Parallel& pool) {
+  Parallel par = enough_threads(args, pool);
   bool wide = args.element == AttentionElement::f32;
   if (args.dq.data || args.dk.data || args.dv.data)
     wide ? backward<Float32>(args, par) : backward<Bfloat16>(args, par);
