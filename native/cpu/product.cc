@@ -11,6 +11,8 @@
 namespace jaxext::JAXEXT_ISA {
 namespace {
 
+#define JAXEXT_BODY [&](int64_t j, auto part, int) __attribute__((always_inline))
+
 constexpr int64_t kProductRows = 264, kProductColumns = 256;  // of a task's block; multiples of kRows and kPanel
 constexpr int64_t kDepth = 256;                                // words of k packed at a time
 static_assert(kProductRows % kRows == 0 && kProductColumns % kPanel == 0);
@@ -52,9 +54,9 @@ JAXEXT_INLINE void pack_row(const X* from, int64_t k, float* to) {
   if constexpr (Mode::kPaired) {
     bf16* half = reinterpret_cast<bf16*>(to);
     if (k % 2) half[k] = 0;
-    over_row(k, [&](int64_t j, auto part, int) __attribute__((always_inline)) { part.put(half + j, part.get(from + j)); });
+    over_row(k, JAXEXT_BODY { part.put(half + j, part.get(from + j)); });
   } else {
-    over_row(k, [&](int64_t j, auto part, int) __attribute__((always_inline)) { part.put(to + j, part.get(from + j)); });
+    over_row(k, JAXEXT_BODY { part.put(to + j, part.get(from + j)); });
   }
 }
 
@@ -123,12 +125,12 @@ void multiply_block(float* out, int64_t out_row, Left a, const float* b, int64_t
     const float* panel = b + c * steps;
     const int64_t width = least(kPanel, n - c);
     int64_t r = 0;
-    for (; r + kRows <= m; r += kRows)
-      add_tile<Mode, kRows>(out + r * out_row + c, out_row, {a.data + r * a.row, a.row, a.step}, panel, steps, width);
+    auto from = [&](int64_t row) { return Left{a.data + row * a.row, a.row, a.step}; };
+    float* to = out + c;
+    for (; r + kRows <= m; r += kRows) add_tile<Mode, kRows>(to + r * out_row, out_row, from(r), panel, steps, width);
     for (; r + kFewRows <= m; r += kFewRows)
-      add_tile<Mode, kFewRows>(out + r * out_row + c, out_row, {a.data + r * a.row, a.row, a.step}, panel, steps, width);
-    for (; r < m; r++)
-      add_tile<Mode, 1>(out + r * out_row + c, out_row, {a.data + r * a.row, a.row, a.step}, panel, steps, width);
+      add_tile<Mode, kFewRows>(to + r * out_row, out_row, from(r), panel, steps, width);
+    for (; r < m; r++) add_tile<Mode, 1>(to + r * out_row, out_row, from(r), panel, steps, width);
   }
 }
 
@@ -146,7 +148,8 @@ void multiply(const ProductArgs& a, const Parallel& par) {
   parallel_for(par, down * across, [&](int64_t task) {
     const int64_t i = task % down * height, j = task / down * width;
     const int64_t m = least(height, a.m - i), n = least(width, a.n - j);
-    float* right = static_cast<float*>(thread_arena((kProductColumns + kProductRows + kLanes) * kDepth * sizeof(float)));
+    constexpr int64_t kRoom = (kProductColumns + kProductRows + kLanes) * kDepth;
+    float* right = static_cast<float*>(thread_arena(kRoom * sizeof(float)));
     float* left = right + kProductColumns * kDepth;
     float* out = a.out + i * a.n + j;
     if (!a.adds)
