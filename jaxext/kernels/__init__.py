@@ -8,6 +8,7 @@ from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cr
 from jaxext.kernels._norm import OPS as _NORMS
 from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from jaxext.kernels._op import Op, native_status
+from jaxext.kernels._product import OPS as _PRODUCTS
 
 __all__ = [
     "OPS",
@@ -25,7 +26,7 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import mlir
 
 from jaxext.kernels import _sharding
-from jaxext.kernels._op import Op, Role
+from jaxext.kernels._op import ArgSpec, Op, Role
 
-__all__ = ["matrix_product"]
+__all__ = ["OPS", "matrix_product"]
 
 _NATIVE = (jnp.float32, jnp.bfloat16)
 
@@ -63,8 +64,25 @@ def _op(name: str, **options: Any) -> Op:
     )  # fmt: skip
 
 
-PRODUCT = _op("matrix_product")
-ADD_PRODUCT = _op("add_matrix_product", aliases={2: 0})
+def _spec(name: str, *shapes: tuple[int, int], a_turned: bool = False, b_turned: bool = False) -> ArgSpec:
+    def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
+        # A sum is accumulated in float32 whatever the operands are.
+        kinds = (dtype, dtype, jnp.promote_types(dtype, jnp.float32))
+        return tuple(rng.standard_normal(shape).astype(kind) for shape, kind in zip(shapes, kinds))
+
+    return ArgSpec(name, make, {"a_turned": a_turned, "b_turned": b_turned, "rounds": False})
+
+
+PRODUCT = _op(
+    "matrix_product",
+    specs=(
+        _spec("plain", (7, 33), (33, 17)),
+        _spec("turned", (33, 7), (17, 33), a_turned=True, b_turned=True),
+        _spec("several blocks", (300, 20), (20, 270)),
+    ),
+)
+ADD_PRODUCT = _op("add_matrix_product", aliases={2: 0}, specs=(_spec("added", (7, 33), (33, 17), (7, 17)),))
+OPS = (PRODUCT, ADD_PRODUCT)
 
 
 def matrix_product(
