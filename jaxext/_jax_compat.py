@@ -61,6 +61,13 @@ def close_like(jaxpr: Any, closed: Any) -> Any:
     return closed if hasattr(jaxpr, "consts") else closed.jaxpr
 
 
+def with_equations(jaxpr: Any, equations: Sequence[Any]) -> Any:
+    """`jaxpr`, open or closed, with other equations between the same arguments and results."""
+    if isinstance(jaxpr, jex_core.Jaxpr):  # pyright: ignore[reportPrivateImportUsage]
+        return jaxpr.replace(eqns=list(equations))
+    return jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(eqns=list(equations)))
+
+
 def is_jaxpr(x: Any) -> bool:
     return isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr))  # pyright: ignore[reportPrivateImportUsage]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-KERNELS = ("attention", "layer_norm", "rms_norm", "softmax_cross_entropy", "linear_cross_entropy")
+KERNELS = ("attention", "layer_norm", "rms_norm", "softmax_cross_entropy", "linear_cross_entropy", "matmul")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal
 from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
 from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
+from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
 from jaxext.kernels._norm import OPS as _NORMS
@@ -26,7 +27,7 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, DOT)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

@@ -23,14 +23,17 @@ __all__ = ["OPS", "matrix_product"]
 _NATIVE = (jnp.float32, jnp.bfloat16)
 
 
-def _reference(*operands: jax.Array, a_turned: bool, b_turned: bool, rounds: bool) -> tuple[jax.Array, ...]:
+def _reference(
+    *operands: jax.Array, a_turned: bool, b_turned: bool, rounds: bool, out_dtype: str | None = None
+) -> tuple[jax.Array, ...]:
     a, b, *sums = operands
     wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     if rounds:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    contract = (((0 if a_turned else 1,), (1 if b_turned else 0,)), ((), ()))
-    product = jax.lax.dot_general(a, b, contract, preferred_element_type=wide)
-    return (sums[0] + product if sums else product,)
+    batch = tuple(range(a.ndim - 2))
+    contract = ((len(batch) + (not a_turned),), (len(batch) + b_turned,))
+    product = jax.lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=wide)
+    return (sums[0] + product if sums else product.astype(out_dtype or wide),)
 
 
 def _refuses(*avals: Any, **_: Any) -> str | None:
@@ -41,7 +44,7 @@ def _refuses(*avals: Any, **_: Any) -> str | None:
 
 
 def _attributes(**params: Any) -> Mapping[str, Any]:
-    return params
+    return {name: params[name] for name in ("a_turned", "b_turned", "rounds")}
 
 
 def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
@@ -64,7 +67,7 @@ def _op(name: str, **options: Any) -> Op:
     )  # fmt: skip
 
 
-def _spec(name: str, *shapes: tuple[int, int], a_turned: bool = False, b_turned: bool = False) -> ArgSpec:
+def _spec(name: str, *shapes: tuple[int, ...], a_turned: bool = False, b_turned: bool = False) -> ArgSpec:
     def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
         # A sum is accumulated in float32 whatever the operands are.
         kinds = (dtype, dtype, jnp.promote_types(dtype, jnp.float32))
@@ -79,6 +82,7 @@ PRODUCT = _op(
         _spec("plain", (7, 33), (33, 17)),
         _spec("turned", (33, 7), (17, 33), a_turned=True, b_turned=True),
         _spec("several blocks", (300, 20), (20, 270)),
+        _spec("batched", (3, 7, 9), (3, 9, 5)),
     ),
 )
 ADD_PRODUCT = _op("add_matrix_product", aliases={2: 0}, specs=(_spec("added", (7, 33), (33, 17), (7, 17)),))

@@ -24,8 +24,9 @@ from .. import _settings
 from .._settings import Settings
 from . import plan as planning
 from . import selftest
+from .exchange import exchange
 from .match import Pattern
-from .patterns import PATTERNS
+from .patterns import EXCHANGES, PATTERNS
 from .report import Entry, Report, check_required, collecting, is_collecting, record
 from .rewrite import NotExchangeable, replay, retrace
 
@@ -148,6 +149,8 @@ class _Traced:
 
 
 _traced: weakref.WeakKeyDictionary[Any, _Traced] = weakref.WeakKeyDictionary()
+# What was found in functions while they were traced as a part of others.
+_found_inside: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
 _traced_lock = threading.Lock()
 
 
@@ -176,18 +179,21 @@ def on_jit(fun: Callable[..., Any], infer: Callable[[], Any]) -> Any:
 def _known_inside(jaxpr: Any, report: Report) -> None:
     if report:
         with _traced_lock:
-            _traced[jaxpr] = _Traced(None, report)
+            _found_inside[jaxpr] = report
         return
     with _traced_lock:
         known = _traced.get(jaxpr)
-    if known is not None:
-        record(known.found, strict=False)
+        found = known.found if known is not None else _found_inside.get(jaxpr)
+    if found is not None:
+        record(found, strict=False)
 
 
 def _known(jaxpr: Any, settings: Settings, name: str, report: Report) -> _Traced:
     with _traced_lock:
-        known = _traced.get(jaxpr)
+        known, before = _traced.get(jaxpr), _found_inside.get(jaxpr)
     if known is None:
+        if not report and before is not None:
+            report = before  # JAX has traced it as a part of another function, and does not do so again
         known = _Traced(*_exchange(jaxpr, settings, name, report))
         with _traced_lock:
             _traced[jaxpr] = known
@@ -248,9 +254,11 @@ def _exchange(jaxpr: Any, settings: Settings, name: str, before: Report) -> tupl
         except NotExchangeable as error:
             plan.refuse(str(error))
     found = plan.full_report(name)
+    exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name)
+    found.extend(more)
     record(found, settings.strict)
     found.extend(before)
-    return new, found
+    return (new if exchanged is None else exchanged), found
 
 
 # ---------------------------------------------------------------- switching the hooks on

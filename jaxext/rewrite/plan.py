@@ -29,7 +29,7 @@ HIGHER_ORDER = {
     "jit": ("jaxpr",),
     "pjit": ("jaxpr",),
 }
-_LOCATION = {"remat2": "remat", "checkpoint": "remat"}
+LOCATION = {"remat2": "remat", "checkpoint": "remat"}
 # Operations that cost next to nothing: a match may be broken open at one of them.
 _LAYOUT = frozenset(
     ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "pvary")
@@ -113,7 +113,7 @@ def _refuse(report: Report, reason: str) -> None:
 def _place(node: Node) -> str:
     if node.primitive in ("jit", "pjit"):
         return str(node.params.get("name", "jit"))
-    return _LOCATION.get(node.primitive, node.primitive)
+    return LOCATION.get(node.primitive, node.primitive)
 
 
 def make(closed_jaxpr: Any, settings: Settings, patterns: Sequence[Pattern], mode: Mode) -> Plan:
@@ -188,7 +188,7 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
             if node in covered or node in refused.get(pattern.kernel, ()):
                 continue
             match = _try(pattern, node, plan, near)
-            if match is None or match.kernel in settings.exclude or _left_out(match.kernel, node):
+            if match is None or match.kernel in settings.exclude or left_out(match.kernel, node.eqn):
                 continue
             covers = _covered(match)
             refusal = match.refusal or _explicit_sharding(match)
@@ -199,7 +199,7 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
             covered |= covers
             plan.replacements.append(Replacement(match, covers))
     for node, entry in near:
-        if node not in covered and node not in refused.get(entry.kernel, ()) and not _left_out(entry.kernel, node):
+        if node not in covered and node not in refused.get(entry.kernel, ()) and not left_out(entry.kernel, node.eqn):
             plan.report.missed.append(entry)
 
 
@@ -264,9 +264,9 @@ def _explicit_sharding(match: Match) -> str | None:
     return None
 
 
-def _left_out(kernel: str, node: Node) -> bool:
-    """True inside `disabled`, or inside a function that excludes the kernel."""
-    scopes = compat.name_scopes(node.eqn)
+def left_out(kernel: str, eqn: Any) -> bool:
+    """True for an equation inside `disabled`, or inside a function that excludes the kernel."""
+    scopes = compat.name_scopes(eqn)
     if "jaxext." not in scopes:
         return False
     without = {name for group in _WITHOUT.findall(scopes) for name in group.strip(".").split(".")}

@@ -1,7 +1,7 @@
 // Matrix product with float32 accumulation, out = a b or out += a b, for operands stored either way round.
 //
-// A task makes one block of the result. It packs a block of b into panels that stay in the second-level cache and runs
-// the register-blocked tile over it. Rows of f32 that are contiguous along k are read in place.
+// A task makes one block of one result of the batch. It packs a block of b into panels that stay in the second-level
+// cache and runs the register-blocked tile over it. Rows of f32 that are contiguous along k are read in place.
 #include "product.h"
 
 #ifdef JAXEXT_KERNEL
@@ -87,8 +87,8 @@ void pack_turned(const X* from, int64_t stride, int64_t k, int64_t n, float* to)
 
 // Rows [i, i + m) and steps [p, p + k) of a, ready for the tile.
 template <class Mode, class X>
-Left left_block(const ProductArgs& a, int64_t i, int64_t m, int64_t p, int64_t k, float* room) {
-  const X* from = static_cast<const X*>(a.a.data);
+Left left_block(const ProductArgs& a, int64_t which, int64_t i, int64_t m, int64_t p, int64_t k, float* room) {
+  const X* from = static_cast<const X*>(a.a.data) + which * a.m * a.k;
   if (a.a.turned) {
     pack_steps<Mode>(from + p * a.m + i, a.m, k, m, kProductRows + kLanes - kProductRows % kLanes, room);
     return {room, 1, kProductRows + kLanes - kProductRows % kLanes};
@@ -100,8 +100,8 @@ Left left_block(const ProductArgs& a, int64_t i, int64_t m, int64_t p, int64_t k
 }
 
 template <class Mode, class X>
-void right_block(const ProductArgs& a, int64_t j, int64_t n, int64_t p, int64_t k, float* room) {
-  const X* from = static_cast<const X*>(a.b.data);
+void right_block(const ProductArgs& a, int64_t which, int64_t j, int64_t n, int64_t p, int64_t k, float* room) {
+  const X* from = static_cast<const X*>(a.b.data) + which * a.k * a.n;
   if (a.b.turned) pack_turned<Mode>(from + j * a.k + p, a.k, k, n, room);
   else pack_steps<Mode>(from + p * a.n + j, a.n, k, n, kPanel, room);
 }
@@ -134,6 +134,15 @@ void multiply_block(float* out, int64_t out_row, Left a, const float* b, int64_t
   }
 }
 
+// A block of sums as rows of bf16, `stride` apart.
+void round_rows(const float* from, int64_t m, int64_t n, bf16* to, int64_t stride) {
+  for (int64_t r = 0; r < m; r++) {
+    const float* row = from + r * kProductColumns;
+    bf16* out = to + r * stride;
+    over_row(n, [&](int64_t j, auto part, int) __attribute__((always_inline)) { part.put(out + j, part.get(row + j)); });
+  }
+}
+
 // Nearly equal blocks of at most `most`, in units of `unit`.
 JAXEXT_INLINE int64_t block_of(int64_t n, int64_t most, int64_t unit) {
   const int64_t blocks = (n + most - 1) / most;
@@ -145,20 +154,24 @@ void multiply(const ProductArgs& a, const Parallel& par) {
   const int64_t height = block_of(a.m, kProductRows, kRows), width = block_of(a.n, kProductColumns, kPanel);
   const int64_t down = (a.m + height - 1) / height, across = (a.n + width - 1) / width;
   const int64_t depth = Mode::kPaired ? 2 * kDepth : kDepth;
-  parallel_for(par, down * across, [&](int64_t task) {
-    const int64_t i = task % down * height, j = task / down * width;
+  parallel_for(par, a.batch * down * across, [&](int64_t task) {
+    const int64_t which = task / (down * across), block = task % (down * across);
+    const int64_t i = block % down * height, j = block / down * width;
     const int64_t m = least(height, a.m - i), n = least(width, a.n - j);
     constexpr int64_t kRoom = (kProductColumns + kProductRows + kLanes) * kDepth;
-    float* right = static_cast<float*>(thread_arena(kRoom * sizeof(float)));
+    float* right = static_cast<float*>(thread_arena((kRoom + kProductRows * kProductColumns) * sizeof(float)));
     float* left = right + kProductColumns * kDepth;
-    float* out = a.out + i * a.n + j;
+    const int64_t first = (which * a.m + i) * a.n + j;
+    float* out = a.out_bf16 ? right + kRoom : static_cast<float*>(a.out) + first;
+    const int64_t out_row = a.out_bf16 ? kProductColumns : a.n;
     if (!a.adds)
-      for (int64_t r = 0; r < m; r++) memset(out + r * a.n, 0, n * sizeof(float));
+      for (int64_t r = 0; r < m; r++) memset(out + r * out_row, 0, n * sizeof(float));
     for (int64_t p = 0; p < a.k; p += depth) {
       const int64_t k = least(depth, a.k - p);
-      right_block<Mode, B>(a, j, n, p, k, right);
-      multiply_block<Mode>(out, a.n, left_block<Mode, A>(a, i, m, p, k, left), right, m, n, words<Mode>(k));
+      right_block<Mode, B>(a, which, j, n, p, k, right);
+      multiply_block<Mode>(out, out_row, left_block<Mode, A>(a, which, i, m, p, k, left), right, m, n, words<Mode>(k));
     }
+    if (a.out_bf16) round_rows(out, m, n, static_cast<bf16*>(a.out) + first, a.n);
   });
 }
 
@@ -193,22 +206,26 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ff
                     ffi::Result<ffi::AnyBuffer> out, bool a_turned, bool b_turned, bool rounds) {
   const char* op = "matrix_product";
   const auto left = a.dimensions(), right = b.dimensions(), made = out->dimensions();
-  if (left.size() != 2 || !is_float(a.element_type())) return bad_argument(op, "a", "f32 or bf16 of rank 2");
-  const int64_t m = left[a_turned], k = left[!a_turned];
-  if (right.size() != 2 || !is_float(b.element_type()) || right[b_turned] != k)
-    return bad_argument(op, "b", "f32 or bf16 of rank 2 with as many rows as a has columns");
-  const int64_t n = right[!b_turned];
-  if (made.size() != 2 || made[0] != m || made[1] != n || out->element_type() != ffi::DataType::F32)
-    return bad_argument(op, "out", "f32 of a's rows and b's columns");
+  const size_t rank = left.size(), row = rank - 2;
+  if (rank < 2 || rank > 3 || !is_float(a.element_type())) return bad_argument(op, "a", "f32 or bf16 of rank 2 or 3");
+  const int64_t batch = rank == 3 ? left[0] : 1, m = left[row + a_turned], k = left[row + !a_turned];
+  if (right.size() != rank || (rank == 3 && right[0] != batch) || !is_float(b.element_type()) ||
+      right[row + b_turned] != k)
+    return bad_argument(op, "b", "f32 or bf16 of a's rank and batch, with as many rows as a has columns");
+  const int64_t n = right[row + !b_turned];
+  const bool out_bf16 = out->element_type() == ffi::DataType::BF16;
+  if (made.size() != rank || (rank == 3 && made[0] != batch) || made[row] != m || made[row + 1] != n ||
+      !is_float(out->element_type()) || (out_bf16 && sums.size()))
+    return bad_argument(op, "out", "f32, or bf16 where nothing is added to, of a's batch and rows and b's columns");
   ProductArgs args{{a.untyped_data(), a.element_type() == ffi::DataType::BF16, a_turned},
                    {b.untyped_data(), b.element_type() == ffi::DataType::BF16, b_turned},
-                   static_cast<float*>(out->untyped_data()), m, n, k, sums.size() > 0, rounds};
+                   out->untyped_data(), batch, m, n, k, out_bf16, sums.size() > 0, rounds};
   if (args.adds) {
     const auto sum = sums.get<ffi::AnyBuffer>(0);
     if (sums.size() != 1 || !sum.has_value() || sum->untyped_data() != out->untyped_data())
       return bad_argument(op, "sum", "one buffer, which the result overwrites");
   }
-  if (m && n) JAXEXT_DISPATCH(matrix_product)(args, parallel(pool));
+  if (batch && m && n) JAXEXT_DISPATCH(matrix_product)(args, parallel(pool));
   return ffi::Error::Success();
 }
 

@@ -11,10 +11,11 @@ struct ProductOperand {
 };
 
 struct ProductArgs {
-  ProductOperand a, b;  // [m, k] and [k, n]
-  float* out;           // [m, n]
-  int64_t m, n, k;
-  bool adds;    // out += a b
+  ProductOperand a, b;  // [batch, m, k] and [batch, k, n]
+  void* out;            // [batch, m, n], float or bf16
+  int64_t batch, m, n, k;
+  bool out_bf16;
+  bool adds;    // out += a b; out is float
   bool rounds;  // operands may be rounded to bf16
 };
 

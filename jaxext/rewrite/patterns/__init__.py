@@ -1,7 +1,8 @@
 """The patterns, largest first: a larger one takes what a smaller one is part of."""
 
+from ..exchange import Exchange
 from ..match import Pattern
-from . import attention, cross_entropy, linear_cross_entropy, norm
+from . import attention, cross_entropy, dot, linear_cross_entropy, norm
 
 PATTERNS: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
@@ -10,3 +11,6 @@ PATTERNS: tuple[Pattern, ...] = (
     norm.LAYER_NORM,
     norm.RMS_NORM,
 )
+
+# What is exchanged once nobody differentiates the program any more.
+EXCHANGES: tuple[Exchange, ...] = (dot.EXCHANGE,)

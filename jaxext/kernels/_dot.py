@@ -1,0 +1,139 @@
+"""`lax.dot_general` of bfloat16 operands, multiplied in bfloat16 and accumulated in float32.
+
+XLA widens them on CPU and multiplies at float32's rate; AVX512-BF16 has twice that. Where the dimensions lie one after
+the other in memory (those of the batch first) they are read where they are, otherwise XLA transposes them first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+from jaxext.kernels import _export, _native_module, _sharding
+from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._product import PRODUCT
+
+__all__ = ["DOT", "dot_gains"]
+
+Dimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+# Below, starting the call costs what the multiplication gains; measured in tests/bench/bench_dot.py.
+LEAST_FLOPS = 1 << 24
+LEAST_SIDE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """An operand as [batch, rows, columns], after a transposition by `order`; `turned`: it is contracted over rows."""
+
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]
+    turned: bool
+
+
+def _view(shape: Sequence[int], contract: Sequence[int], batch: Sequence[int], contracted_last: bool) -> _View:
+    free = [d for d in range(len(shape)) if d not in contract and d not in batch]
+    sizes = [math.prod(shape[d] for d in group) for group in (batch, free, contract)]
+    last, first = (*batch, *free, *contract), (*batch, *contract, *free)
+    stays = tuple(range(len(shape)))
+    # Without a dimension of either kind both orders are the same.
+    turned = first == stays and last != stays
+    order = first if turned else last
+    rows_first = (sizes[0], sizes[2], sizes[1]) if turned else (sizes[0], sizes[1], sizes[2])
+    return _View(order, rows_first, turned if contracted_last else not turned)
+
+
+def _views(a: Any, b: Any, dimension_numbers: Dimensions) -> tuple[_View, _View]:
+    (a_contract, b_contract), (a_batch, b_batch) = dimension_numbers
+    pairs = sorted(zip(a_contract, b_contract))
+    a_contract, b_contract = [p[0] for p in pairs], [p[1] for p in pairs]
+    return _view(a.shape, a_contract, a_batch, True), _view(b.shape, b_contract, b_batch, False)
+
+
+def _reference(
+    a: jax.Array, b: jax.Array, *, dimension_numbers: Dimensions, preferred_element_type: str
+) -> tuple[jax.Array, ...]:
+    preferred = jnp.promote_types(preferred_element_type, a.dtype)  # float64 where it serves as the oracle
+    return (jax.lax.dot_general(a, b, dimension_numbers, preferred_element_type=preferred),)
+
+
+def _product(
+    a: jax.Array, b: jax.Array, *, dimension_numbers: Dimensions, preferred_element_type: str
+) -> tuple[jax.Array, ...]:
+    left, right = _views(a, b, dimension_numbers)
+    a_free = [n for d, n in enumerate(a.shape) if d not in (*dimension_numbers[0][0], *dimension_numbers[1][0])]
+    b_free = [n for d, n in enumerate(b.shape) if d not in (*dimension_numbers[0][1], *dimension_numbers[1][1])]
+    batch = [a.shape[d] for d in dimension_numbers[1][0]]
+    operands = [jax.lax.transpose(x, v.order).reshape(v.shape) for x, v in ((a, left), (b, right))]
+    turned = {"a_turned": left.turned, "b_turned": right.turned}
+    (out,) = PRODUCT(*operands, **turned, rounds=True, out_dtype=preferred_element_type)
+    return (out.reshape((*batch, *a_free, *b_free)),)
+
+
+def _refuses(a: Any, b: Any, *, dimension_numbers: Dimensions, preferred_element_type: str) -> str | None:
+    for name, aval in (("a", a), ("b", b)):
+        if aval.dtype != jnp.bfloat16:
+            return f"'{name}' is {aval.dtype}; the kernel takes bfloat16"
+    if preferred_element_type not in ("bfloat16", "float32"):
+        return f"the result is {preferred_element_type}; the kernel gives bfloat16 and float32"
+    return None
+
+
+def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
+    """Whether the kernel is faster than XLA: bfloat16 instructions, and a product large enough both ways."""
+    native = _native_module.load()
+    if native is None or native.active_isa() != "v4bf16":
+        return False
+    left, right = _views(a, b, dimension_numbers)
+    batch, k, m = left.shape if left.turned else (left.shape[0], left.shape[2], left.shape[1])
+    n = right.shape[1] if right.turned else right.shape[2]
+    return min(m, n, k) >= LEAST_SIDE and 2 * batch * m * n * k >= LEAST_FLOPS
+
+
+class _Dot(Op):
+    def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        refused = self.refusal(*ctx.avals_in, **params) is not None or _export.leaves_kernels_out(ctx)
+        # Over several devices XLA's own dot: it knows how to divide one.
+        if refused or _sharding.spans_devices(ctx):
+            return self._lower(ctx, *args, **params)
+        return mlir.lower_fun(lambda *xs: _product(*xs, **params), multiple_results=True)(ctx, *args)
+
+
+def _attributes(**_: Any) -> Mapping[str, Any]:
+    return {}
+
+
+def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
+    return ("shared",) * n_operands
+
+
+def _spec(name: str, a: tuple[int, ...], b: tuple[int, ...], dimension_numbers: Dimensions, out: str) -> ArgSpec:
+    def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
+        return rng.standard_normal(a).astype(dtype), rng.standard_normal(b).astype(dtype)
+
+    params = {"dimension_numbers": dimension_numbers, "preferred_element_type": out}
+    return ArgSpec(name, make, params, dtypes=("bfloat16",))
+
+
+DOT = _Dot(
+    "dot_general",
+    _reference,
+    target="matrix_product",
+    core_rank=2,
+    attributes=_attributes,
+    roles=_roles,
+    refuses=_refuses,
+    specs=(
+        _spec("dense", (2, 5, 9), (9, 7), (((2,), (0,)), ((), ())), "bfloat16"),
+        _spec("weight gradient", (2, 5, 9), (2, 5, 7), (((0, 1), (0, 1)), ((), ())), "float32"),
+        _spec("input gradient", (2, 5, 7), (9, 7), (((2,), (1,)), ((), ())), "bfloat16"),
+        _spec("batched heads", (2, 5, 3, 8), (2, 6, 3, 8), (((3,), (3,)), ((0, 2), (0, 2))), "float32"),
+    ),
+)

@@ -1,0 +1,81 @@
+"""Primitives exchanged one for one for ops of the same type, in a function that nobody will differentiate any more.
+
+Nothing is matched and nothing traced again: an equation keeps its operands, results and source line and gets another
+primitive, also inside scan, while, cond, checkpoint, shard_map and jit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .. import _jax_compat as compat
+from .._settings import Settings
+from ..kernels._op import Op
+from .plan import HIGHER_ORDER, LOCATION, left_out
+from .report import Entry, Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """`kernel`: the name in reports and settings. `primitive`: JAX's name of what may be exchanged.
+
+    `choose(equation)` returns the op and its parameters, None where stock JAX is to run it.
+    """
+
+    kernel: str
+    primitive: str
+    choose: Callable[[Any], tuple[Op, Mapping[str, Any]] | None]
+
+
+def exchange(jaxpr: Any, settings: Settings, exchanges: Sequence[Exchange], location: str) -> tuple[Any, Report]:
+    """`jaxpr` with its primitives exchanged, None where it stays as it is, and what was exchanged."""
+    wanted = {e.primitive: e for e in exchanges if e.kernel not in settings.exclude}
+    walk = _Walk(wanted)
+    new = walk.inside(jaxpr, location) if wanted else jaxpr
+    return (None if new is jaxpr else new), walk.report
+
+
+class _Walk:
+    def __init__(self, wanted: Mapping[str, Exchange]) -> None:
+        self._wanted = wanted
+        self._known: dict[int, tuple[Any, Any]] = {}
+        self.report = Report()
+
+    def inside(self, jaxpr: Any, location: str) -> Any:
+        """The function, exchanged; itself where nothing changed. One that is called several times is walked once."""
+        if id(jaxpr) not in self._known:
+            opened, _ = compat.open_jaxpr(jaxpr)
+            equations = [self._equation(eqn, location) for eqn in opened.eqns]
+            same = all(new is old for new, old in zip(equations, opened.eqns))
+            # The original is kept with the new one, so that its id is not given to another.
+            self._known[id(jaxpr)] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
+        return self._known[id(jaxpr)][1]
+
+    def _equation(self, eqn: Any, location: str) -> Any:
+        name = eqn.primitive.name
+        if name in HIGHER_ORDER:
+            return self._higher_order(eqn, f"{location}/{LOCATION.get(name, eqn.params.get('name', name))}")
+        wanted = self._wanted.get(name)
+        chosen = wanted.choose(eqn) if wanted is not None and not left_out(wanted.kernel, eqn) else None
+        if wanted is None or chosen is None:
+            return eqn
+        op, params = chosen
+        shapes = tuple(compat.short_type(var.aval) for var in eqn.invars)
+        result = eqn.outvars[0].aval
+        entry = Entry(wanted.kernel, shapes, str(result.dtype), compat.user_line(eqn), location)
+        self.report.replaced.append(entry)
+        return eqn.replace(primitive=op.primitive, params=dict(params))
+
+    def _higher_order(self, eqn: Any, location: str) -> Any:
+        if left_out("", eqn):
+            return eqn
+        changed = {}
+        for parameter in HIGHER_ORDER[eqn.primitive.name]:
+            value = eqn.params[parameter]
+            new = tuple(self.inside(inner, location) for inner in (value if isinstance(value, tuple) else (value,)))
+            old = value if isinstance(value, tuple) else (value,)
+            if any(a is not b for a, b in zip(new, old)):
+                changed[parameter] = new if isinstance(value, tuple) else new[0]
+        return eqn.replace(params={**eqn.params, **changed}) if changed else eqn
