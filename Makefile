@@ -2,8 +2,8 @@
 # make test  the same environment with test tools: ruff, pyright, the suite
 # make compat        upstream projects' own tests, on stock JAX and on jaxext, compared; writes docs/compat.md
 # make compat-quick  a few minutes of them
-# Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default),
-#   COMPAT (options of compat/run.py, such as "--suite optax").
+# Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default), TESTS (options of
+#   pytest), COMPAT (options of compat/run.py, such as "--suite optax").
 
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -12,8 +12,8 @@ VENV ?= .venv
 JAX_VERSION ?=
 PIN := $(if $(JAX_VERSION),"jax==$(JAX_VERSION)" "jaxlib==$(JAX_VERSION)")
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(shell find native jaxext -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
-	-o -name '*.inc' -o -name CMakeLists.txt)
+SOURCES := pyproject.toml $(shell find native jaxext jaxext-stubs -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
+	-o -name '*.inc' -o -name '*.pyi' -o -name CMakeLists.txt)
 
 .PHONY: ab test check compat compat-quick clean
 
@@ -21,7 +21,7 @@ ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
 
 test: $(VENV)/test.stamp check
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 $(TESTS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
