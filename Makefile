@@ -21,7 +21,7 @@ ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
 
 test: $(VENV)/test.stamp check
-	$(BIN)/pytest -n 2 $(TESTS)
+	$(BIN)/pytest -n 2 --dist worksteal $(TESTS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

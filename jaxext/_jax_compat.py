@@ -90,11 +90,16 @@ def runs_op_by_op() -> bool:
 def check_as(primitive: Any, reference: Callable[..., Callable[..., Sequence[Any]]]) -> None:
     """`jax.experimental.checkify` looks for NaN and the like inside `reference(**params)` instead of `primitive`."""
 
-    def rule(error: Any, enabled: frozenset[Any], *args: Any, **params: Any) -> Any:
+    # JAX 0.12 put a context before the error.
+    first = 1 if hasattr(checkify, "CheckifyContext") else 0
+    check_jaxpr: Any = checkify.checkify_jaxpr
+
+    def rule(*given: Any, **params: Any) -> Any:
+        context, (error, enabled, *args) = given[:first], given[first:]
         if enabled <= checkify.user_checks:
             return error, primitive.bind(*args, **params)
         closed = trace(reference(**params), [jax.typeof(x) for x in args])
-        return checkify.checkify_jaxpr(closed, enabled, error, *args)
+        return check_jaxpr(*context, closed, enabled, error, *args)
 
     checkify.error_checks[primitive] = rule
 

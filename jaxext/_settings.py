@@ -7,6 +7,7 @@ turning jaxext on, off and on again gives no stale program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -73,13 +74,30 @@ def scope_without(kernels: Iterable[str]) -> str:
     return ".".join(("jaxext.without", *sorted(kernels)))
 
 
+class _InForce:
+    """Settings as the context holds them: a call of a jitted function compares them by identity, without Python."""
+
+    __slots__ = ("settings",)
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __repr__(self) -> str:
+        return repr(self.settings)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_force(settings: Settings) -> _InForce:
+    return _InForce(settings)
+
+
 _context = jax.make_user_context(None)
 
 
 def current() -> Settings | None:
     """The settings in force in this thread, None where jaxext is off."""
     value = _context.value
-    return value if isinstance(value, Settings) else None
+    return value.settings if isinstance(value, _InForce) else None
 
 
 def is_unset() -> bool:
@@ -95,13 +113,13 @@ def is_off() -> bool:
 @contextmanager
 def use(settings: Settings | None) -> Iterator[None]:
     """`settings` are in force inside, None: jaxext is off, accelerated functions included."""
-    with _context(OFF if settings is None else settings):
+    with _context(OFF if settings is None else _in_force(settings)):
         yield
 
 
 def entering(settings: Settings) -> Any:
     """`use(settings)` for a hot path: no generator, no checks."""
-    return _context(settings)
+    return _context(_in_force(settings))
 
 
 @contextmanager
@@ -118,11 +136,12 @@ def within(settings: Settings, outer: Settings | None) -> Iterator[None]:
 
 def set_everywhere(settings: Settings | None) -> None:
     """The settings of all threads, where no `use` is in force."""
-    _context.set_global(settings)
+    _context.set_global(None if settings is None else _in_force(settings))
 
 
 def everywhere() -> Settings | None:
-    return _context.get_global()
+    value = _context.get_global()
+    return value.settings if isinstance(value, _InForce) else None
 
 
 def checked_kernels(names: str | Iterable[str], argument: str) -> tuple[str, ...]:
