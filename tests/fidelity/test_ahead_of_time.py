@@ -5,8 +5,8 @@ import pickle
 import jax
 import numpy as np
 import pytest
+from fidelity_program import arguments, assert_close, kernels_in, output, step
 from jax.experimental import serialize_executable
-from program import arguments, assert_close, kernels_in, output, step
 
 import jaxext
 
@@ -56,7 +56,7 @@ def test_a_serialized_executable_runs_in_a_new_process(tmp_path):
         """
         import jax, jaxext.kernels, pickle, pathlib, sys
         from jax.experimental import serialize_executable
-        from program import arguments
+        from fidelity_program import arguments
         parts = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
         program = serialize_executable.deserialize_and_load(*parts, execution_devices=jax.devices()[:1])
         print(float(program(*arguments())[0]))
@@ -69,7 +69,7 @@ def test_a_serialized_executable_runs_in_a_new_process(tmp_path):
 CACHED = """
 import jax, sys
 import jaxext
-from program import arguments, kernels_in, step
+from fidelity_program import arguments, kernels_in, step
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 if sys.argv[2] == "jaxext":

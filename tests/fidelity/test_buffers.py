@@ -4,7 +4,7 @@ import warnings
 
 import jax
 import numpy as np
-from program import arguments, assert_close, block, kernels_in, step
+from fidelity_program import arguments, assert_close, block, kernels_in, step
 
 import jaxext
 

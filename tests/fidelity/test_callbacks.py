@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fidelity_program import arguments, assert_close, attend, block, kernels_in, norm
 from jax.experimental import io_callback
-from program import arguments, assert_close, attend, block, kernels_in, norm
 
 import jaxext
 

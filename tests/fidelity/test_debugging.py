@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fidelity_program import HERE, arguments, assert_close, kernels_in, loss, step
 from jax.experimental import checkify
-from program import HERE, arguments, assert_close, kernels_in, loss, step
 
 import jaxext
 from jaxext import kernels
@@ -32,7 +32,7 @@ def raised(call):
     with pytest.raises(FloatingPointError) as error:
         call()
     frames = traceback.extract_tb(error.value.__traceback__)
-    lines = [(frame.name, frame.lineno) for frame in frames if frame.filename == str(HERE / "program.py")]
+    lines = [(frame.name, frame.lineno) for frame in frames if frame.filename == str(HERE / "fidelity_program.py")]
     return str(error.value), lines
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from program import arguments, assert_close, kernels_in, output, run, step
+from fidelity_program import arguments, assert_close, kernels_in, output, run, step
 
 import jaxext
 from jaxext import kernels
@@ -14,7 +14,7 @@ pytest.importorskip("flatbuffers", reason="jax.export serializes with it")
 CALL = """
 import sys, jax, jax.export, pathlib
 {imports}
-from program import arguments
+from fidelity_program import arguments
 exported = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
 print("jaxext" in sys.modules, float(jax.jit(exported.call)(*arguments())[0]))
 """

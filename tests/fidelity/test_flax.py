@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from fidelity_program import assert_close, kernels_in
 from flax import nnx
-from program import assert_close, kernels_in
 
 X = jax.random.normal(jax.random.key(1), (2, 128, 64))
 

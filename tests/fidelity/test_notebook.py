@@ -4,7 +4,7 @@ import re
 
 import jax
 import pytest
-from program import HERE
+from fidelity_program import HERE
 
 import jaxext
 
@@ -12,7 +12,7 @@ SETUP = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import jax, jaxext
 jaxext.install(memory="system")
-from program import arguments, kernels_in, step
+from fidelity_program import arguments, kernels_in, step
 data = arguments()
 function = jax.jit(step)
 """

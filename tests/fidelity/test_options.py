@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from program import arguments, assert_close, attend, kernels_in, loss, norm, step
+from fidelity_program import arguments, assert_close, attend, kernels_in, loss, norm, step
 
 CLEAN = {
     "jax_numpy_dtype_promotion": "strict",

@@ -11,7 +11,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from program import HERE, arguments, assert_close, kernels_in, loss, output, step
+from fidelity_program import HERE, arguments, assert_close, kernels_in, loss, output, step
 
 import jaxext
 
@@ -69,12 +69,12 @@ import os, sys, warnings
 import jaxext
 if sys.argv[1] == "accelerate":
     import jax
-    from program import arguments, step
+    from fidelity_program import arguments, step
     function = jaxext.accelerate(step)
 else:
     jaxext.install()
     import jax
-    from program import arguments, step
+    from fidelity_program import arguments, step
     function = jax.jit(step)
 child = os.fork()
 if not child:  # ahead of the first computation: a child of a process whose threads run deadlocks under stock JAX too
@@ -98,7 +98,7 @@ import jaxext
 from worker import work
 jaxext.install()
 if __name__ == "__main__":
-    from program import arguments, step
+    from fidelity_program import arguments, step
     import jax
     print(float(jax.jit(step)(*arguments())[0]))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -107,7 +107,7 @@ if __name__ == "__main__":
 WORKER = """
 import jaxext
 def work():
-    from program import arguments, step
+    from fidelity_program import arguments, step
     return float(jaxext.accelerate(step, require=("attention", "layer_norm"))(*arguments())[0])
 """
 
@@ -144,7 +144,7 @@ def test_cloudpickle_takes_an_accelerated_function_to_a_new_process(tmp_path):
     file.write_bytes(cloudpickle.dumps(jaxext.accelerate(scaled)))
     code = """
     import pathlib, pickle, sys
-    from program import arguments
+    from fidelity_program import arguments
     print(float(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())(*arguments())))
     """
     value = output(code, str(file), JAX_DUMP_IR_TO=str(tmp_path / "programs"))
@@ -174,7 +174,7 @@ rank, count, port = map(int, sys.argv[1:])
 jax.distributed.initialize(f"localhost:{port}", count, rank)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from program import arguments, kernels_in, step
+from fidelity_program import arguments, kernels_in, step
 weights, x = arguments()
 mesh = jax.make_mesh((count,), ("data",))
 rows = len(x) // count

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from fidelity_program import arguments, assert_close, attend, block, kernels_in, loss, norm, step
 from jax.ad_checkpoint import checkpoint_name
-from program import arguments, assert_close, attend, block, kernels_in, loss, norm, step
 
 import jaxext
 
