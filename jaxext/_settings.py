@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-KERNELS = ("attention", "layer_norm", "rms_norm", "softmax_cross_entropy", "linear_cross_entropy", "matmul")
+KERNELS = ("attention", "layer_norm", "rms_norm", "softmax_cross_entropy", "linear_cross_entropy", "matmul", "top_k")
 
 
 @dataclasses.dataclass(frozen=True)

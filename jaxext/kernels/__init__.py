@@ -10,6 +10,7 @@ from jaxext.kernels._norm import OPS as _NORMS
 from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from jaxext.kernels._op import Op, native_status
 from jaxext.kernels._product import OPS as _PRODUCTS
+from jaxext.kernels._top_k import TOP_K
 
 __all__ = [
     "OPS",
@@ -27,7 +28,7 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, DOT)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, DOT, TOP_K)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

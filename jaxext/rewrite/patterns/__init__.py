@@ -2,7 +2,7 @@
 
 from ..exchange import Exchange
 from ..match import Pattern
-from . import attention, cross_entropy, dot, linear_cross_entropy, norm
+from . import attention, cross_entropy, dot, linear_cross_entropy, norm, top_k
 
 PATTERNS: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
@@ -13,4 +13,4 @@ PATTERNS: tuple[Pattern, ...] = (
 )
 
 # What is exchanged once nobody differentiates the program any more.
-EXCHANGES: tuple[Exchange, ...] = (dot.EXCHANGE,)
+EXCHANGES: tuple[Exchange, ...] = (dot.EXCHANGE, top_k.EXCHANGE)
