@@ -155,7 +155,7 @@ def test_disable_in_the_environment_makes_install_do_nothing(monkeypatch):
         (
             {"exclude": "sort"},
             "install(exclude=): unknown kernel 'sort'. The kernels are attention, layer_norm, rms_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul.",
+            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k.",
         ),
     ],
 )
