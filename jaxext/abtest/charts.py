@@ -274,6 +274,20 @@ def picture(result: Result | ProgramResult) -> bytes:
     return buffer.getvalue()
 
 
+def png(panel: Panel, title: str) -> bytes:
+    """One chart as a PNG."""
+    figure = _figure(9.0, 1.3 * panel.height + 0.5)
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        axes = figure.add_subplot()
+        panel.draw(axes)
+        axes.set_title(title)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def _figure(width: float, height: float) -> Figure:
     require_matplotlib()
     import matplotlib

@@ -57,7 +57,7 @@ class Clock:
     def __init__(self, budget: float | None, watcher: Watcher) -> None:
         self._begin = time.monotonic()
         self._budget = budget
-        self._watcher = watcher
+        self.watcher = watcher
         self._planned = budget or 60.0
 
     def spent(self) -> float:
@@ -74,7 +74,7 @@ class Clock:
     def tick(self) -> None:
         spent = self.spent()
         # An estimate that was too short must not look like the end.
-        self._watcher.expect(spent, max(self._planned, 1.05 * spent + 1.0))
+        self.watcher.expect(spent, max(self._planned, 1.05 * spent + 1.0))
 
 
 class Experiment:

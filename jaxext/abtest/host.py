@@ -75,6 +75,16 @@ def _where(error: BaseException) -> str:
     return f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
 
 
+def _jaxpr(traced: Any) -> Any:
+    """The program of a traced jax.jit or nnx.jit function; None where it is not to be had."""
+    closed = getattr(getattr(traced, "traced", traced), "jaxpr", None)
+    return getattr(closed, "jaxpr", closed)
+
+
+def _products(jaxpr: Any) -> tuple[str, ...]:
+    return tuple(sorted(counting.product_dtypes(jaxpr)))
+
+
 class LocalHost:
     """Sides in this process. `cold_traces`: measure trace times from empty caches, which empties JAX's caches."""
 
@@ -157,16 +167,22 @@ class LocalHost:
             compiled = lowered.compile()
             done = time.perf_counter()
         analysis = compiled.memory_analysis()
-        jaxpr = getattr(getattr(traced, "traced", traced), "jaxpr", None)
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        jaxpr = _jaxpr(traced)
         return Compilation(
             lower_seconds=lowered_at - begin,
             compile_seconds=done - lowered_at,
             temporary_bytes=getattr(analysis, "temp_size_in_bytes", None),
             argument_bytes=getattr(analysis, "argument_size_in_bytes", None),
             flops=counting.count_flops(jaxpr) if jaxpr is not None and not setting.kernels else None,
-            dtypes=tuple(sorted(counting.product_dtypes(jaxpr))) if jaxpr is not None else (),
+            dtypes=_products(jaxpr) if jaxpr is not None else (),
         )
+
+    def arithmetic(self) -> tuple[float | None, tuple[str, ...]]:
+        """Operations of one step on stock JAX (count_flops; None: unknown), and the dtypes of its products."""
+        stock = Setting(kernels=False)
+        with self._reporting(stock), self._scope(stock):
+            jaxpr = _jaxpr(self._function.trace(*state.copy_args(self._start)))
+        return (None, ()) if jaxpr is None else (counting.count_flops(jaxpr), _products(jaxpr))
 
     def open_probe(self, name: str, of: str) -> None:
         """A side like `of` that starts from a state disturbed by one unit roundoff, to learn stock's own error."""

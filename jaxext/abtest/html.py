@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from html import escape
+from typing import TYPE_CHECKING
 
 from jaxext.abtest import charts, report
 from jaxext.abtest.result import ProgramResult, Result, Row
+
+if TYPE_CHECKING:
+    from jaxext.abtest.suite import SuiteResult
 
 _CSS = """
 :root{--ink:#1f2933;--soft:#52606d;--line:#e4e7ec;--good:#0a7e8c;--bad:#c8372d;--warn:#9a6700;--back:#f5f7fa}
@@ -41,22 +45,27 @@ def page(result: Result | ProgramResult) -> str:
     Raises:
       ChartsUnavailable: matplotlib is not installed.
     """
-    body = [_header(result), _section("Side by side", "", _side_table(result)), _charts(result)]
+    body = [_header(result), section("Side by side", "", _side_table(result)), _charts(result)]
     if isinstance(result, Result):
         if result.contributions:
             caption = "Each kernel left out in turn, against jaxext with all. Kernels overlap: ratios do not multiply."
-            table = _row_table(("left out", "step without", "step with"), result.contributions)
-            body.append(_section("What each kernel brings", caption, table))
+            rows = _row_table(("left out", "step without", "step with"), result.contributions)
+            body.append(section("What each kernel brings", caption, rows))
         if result.memory:
             caption = "Stock JAX with the system's memory behaviour runs in a process of its own."
-            table = _row_table(("", "before", "after"), result.memory)
-            body.append(_section("What memory reuse brings", caption, table))
-        body.append(_section("Replacements", "", _replacements(result)))
+            rows = _row_table(("", "before", "after"), result.memory)
+            body.append(section("What memory reuse brings", caption, rows))
+        body.append(section("Replacements", "", _replacements(result)))
     if result.parity.leaves:
-        body.append(_section("Every compared leaf", "Norms of differences, worst first.", _leaf_table(result)))
+        body.append(section("Every compared leaf", "Norms of differences, worst first.", _leaf_table(result)))
     lines = "".join(f"<p>{escape(line)}</p>" for line in report.setting_lines(result))
-    body.append(_section("Settings", "", lines + _raw(result)))
-    title = escape(f"jaxext ab {result.name}")
+    body.append(section("Settings", "", lines + raw(result)))
+    return frame(f"jaxext ab {result.name}", body)
+
+
+def frame(title: str, body: Iterable[str]) -> str:
+    """The page around `body`."""
+    title = escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -75,17 +84,19 @@ def _header(result: Result | ProgramResult) -> str:
     )
 
 
-def _section(title: str, caption: str, content: str) -> str:
+def section(title: str, caption: str, content: str) -> str:
+    """One box of the page; title and caption are escaped, the content is not."""
     text = f"<p>{escape(caption)}</p>" if caption else ""
     return f"<section><h2>{escape(title)}</h2>{text}{content}</section>"
 
 
 def _charts(result: Result | ProgramResult) -> str:
-    drawn = (_section(panel.title, panel.caption, charts.svg(panel)) for panel in charts.panels(result))
+    drawn = (section(panel.title, panel.caption, charts.svg(panel)) for panel in charts.panels(result))
     return f'<div class="grid">{"".join(drawn)}</div>'
 
 
-def _table(headers: Iterable[str], rows: Iterable[Iterable[str]], text_columns: frozenset[int] = frozenset()) -> str:
+def table(headers: Iterable[str], rows: Iterable[Iterable[str]], text_columns: frozenset[int] = frozenset()) -> str:
+    """Cells and headers are escaped."""
     head = "".join(f"<th>{escape(header)}</th>" for header in headers)
     lines = []
     for row in rows:
@@ -98,7 +109,7 @@ def _table(headers: Iterable[str], rows: Iterable[Iterable[str]], text_columns: 
 
 
 def _side_table(result: Result | ProgramResult) -> str:
-    return _table(("", result.reference.label, result.candidate.label, "times less"), report.side_rows(result))
+    return table(("", result.reference.label, result.candidate.label, "times less"), report.side_rows(result))
 
 
 def _row_table(headers: tuple[str, str, str], rows: list[Row]) -> str:
@@ -110,7 +121,7 @@ def _row_table(headers: tuple[str, str, str], rows: list[Row]) -> str:
         interval = f"{row.ratio.interval[0]:.2f} to {row.ratio.interval[1]:.2f}" if row.ratio.interval else ""
         seconds = (report.duration(row.reference_seconds), report.duration(row.candidate_seconds))
         cells.append((row.name, *seconds, f"{row.ratio.value:.2f}x", interval))
-    return _table((*headers, "ratio", "95% interval"), cells)
+    return table((*headers, "ratio", "95% interval"), cells)
 
 
 def _replacements(result: Result) -> str:
@@ -123,8 +134,8 @@ def _replacements(result: Result) -> str:
     if not rows:
         return summary
     headers = ("kernel", "", "line of the program", "inside", "shapes", "reason")
-    table = _table(headers, rows, frozenset(range(1, 6)))
-    return f"{summary}<details><summary>All {len(rows)} places</summary>{table}</details>"
+    places = table(headers, rows, frozenset(range(1, 6)))
+    return f"{summary}<details><summary>All {len(rows)} places</summary>{places}</details>"
 
 
 def _leaf_table(result: Result | ProgramResult) -> str:
@@ -135,11 +146,12 @@ def _leaf_table(result: Result | ProgramResult) -> str:
     headers = ("leaf", "step", "error", "bound", "share of the bound")
     first, rest = rows[:5], rows[5:]
     if not rest:
-        return _table(headers, first)
-    more = f"<details><summary>{len(rest)} more</summary>{_table(headers, rest)}</details>"
-    return _table(headers, first) + more
+        return table(headers, first)
+    more = f"<details><summary>{len(rest)} more</summary>{table(headers, rest)}</details>"
+    return table(headers, first) + more
 
 
-def _raw(result: Result | ProgramResult) -> str:
+def raw(result: Result | ProgramResult | SuiteResult) -> str:
+    """The result as JSON in the page."""
     data = json.dumps(result.to_dict()).replace("</", "<\\/")
     return f'<script type="application/json" id="result">{data}</script>'

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxext.abtest import machine, parity, timing
@@ -111,36 +111,56 @@ def compare_programs(
     Raises:
       ProgramError: a run failed.
     """
-    watcher = watcher or Watcher()
-    clock = Clock(budget, watcher)
-    settings = {"reference": reference, "candidate": candidate}
-    names = {"reference": label(reference, candidate), "candidate": label(candidate, reference)}
-    runs: dict[str, list[Run]] = {"reference": [], "candidate": []}
+    clock = Clock(budget, watcher or Watcher())
+    settings = {label(reference, candidate): reference, label(candidate, reference): candidate}
     load = machine.load_average()
-    first = ["reference", "candidate"]  # Where the program itself is broken, stock JAX says so.
-    orders = timing.orders(first, seed)
+    sides = run_sides(path, arguments, settings, repeats=repeats, seed=seed, clock=clock)
+    left, right = sides.values()
+    rule = parity.with_loss_tolerance(parity.TOLERANCES["float32"], tolerance)
+    name = " ".join([path.name, *arguments])
+    notes = busy(load)
+    done = len(left.runs)
+    if done < repeats:
+        notes.insert(0, f"the time budget allowed {done} of {repeats} runs a side")
+    return conclude(name, left, right, rule, seed, clock.spent(), notes)
+
+
+def busy(load: float | None) -> list[str]:
+    """The note that qualifies figures measured at this load average."""
+    if load is None or load <= 1.5 * machine.threads():
+        return []
+    return [f"the machine was busy (load {load:.1f} on {machine.threads()} CPUs): figures are noisy"]
+
+
+def run_sides(
+    path: Path, arguments: list[str], settings: dict[str, Setting], *, repeats: int, seed: int, clock: Clock
+) -> dict[str, ProgramSide]:
+    """Run every side (label -> setting) once a round, in random order; at most `repeats` rounds, at least one.
+
+    Raises:
+      ProgramError: a run failed.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in settings}
+    orders = timing.orders(list(settings), seed)
     for index in range(repeats):
         if index and clock.left() < clock.spent() / index:
             break
-        for side in first if index == 0 else next(orders):
-            text = f"run {index + 1} of at most {repeats}, {names[side]}"
+        # First in the order given: where the program itself is broken, stock JAX says so.
+        for side in settings if index == 0 else next(orders):
+            text = f"run {index + 1} of at most {repeats}, {side}"
 
             def watch(line: str, text: str = text) -> None:
-                watcher.phase(f"{text}: {line[:60]}")
+                clock.watcher.phase(f"{text}: {line[:60]}")
                 clock.tick()
 
             watch("starting")
-            runs[side].append(run_program(path, arguments, settings[side], names[side], watch))
-            done = len(runs["reference"]) + len(runs["candidate"])
-            clock.plan(clock.spent() / done * (2 * repeats - done))
-    sides = {side: ProgramSide(names[side], settings[side], runs[side]) for side in runs}
-    notes = [] if len(runs["reference"]) == repeats else [f"the time budget allowed {index} of {repeats} runs a side"]
-    if load is not None and load > 1.5 * machine.threads():
-        notes.append(f"the machine was busy (load {load:.1f} on {machine.threads()} CPUs): figures are noisy")
-    return _conclude(path, arguments, sides, notes, tolerance, seed, clock.spent())
+            runs[side].append(run_program(path, arguments, settings[side], side, watch))
+            done = sum(map(len, runs.values()))
+            clock.plan(clock.spent() / done * (len(settings) * repeats - done))
+    return {name: ProgramSide(name, setting, runs[name]) for name, setting in settings.items()}
 
 
-def _pairs(left: list[Run], right: list[Run]) -> tuple[list[float], list[float]]:
+def pairs(left: list[Run], right: list[Run]) -> tuple[list[float], list[float]]:
     """Step times paired run by run and step by step without the first, which compiles; else the running times."""
     a, b = [], []
     for one, other in zip(left, right, strict=True):
@@ -150,34 +170,32 @@ def _pairs(left: list[Run], right: list[Run]) -> tuple[list[float], list[float]]
     return (a, b) if a else ([run.wall for run in left], [run.wall for run in right])
 
 
-def _conclude(
-    path: Path,
-    arguments: list[str],
-    sides: dict[str, ProgramSide],
-    notes: list[str],
-    tolerance: float | None,
+def conclude(
+    name: str,
+    left: ProgramSide,
+    right: ProgramSide,
+    rule: parity.Tolerance,
     seed: int,
     elapsed: float,
+    notes: Sequence[str] = (),
 ) -> ProgramResult:
-    left, right = sides["reference"], sides["candidate"]
-    rule = parity.with_loss_tolerance(parity.TOLERANCES["float32"], tolerance)
+    """What the runs of two sides, reference and candidate, tell: speed, and whether their losses agree."""
+    found = list(notes)
     losses = left.runs[0].losses, right.runs[0].losses
     if len(losses[0]) != len(losses[1]):
-        notes.append(f"{left.label} printed {len(losses[0])} losses, {right.label} {len(losses[1])}")
+        found.append(f"{left.label} printed {len(losses[0])} losses, {right.label} {len(losses[1])}")
     if not losses[0]:
-        notes.append("the program prints no losses, so only its speed is compared")
+        found.append("the program prints no losses, so only its speed is compared")
     both = min(len(losses[0]), len(losses[1]))
-    found = parity.judge(losses[0][:both], losses[1][:both], [], rule, (left.label, right.label))
-    pairs = _pairs(left.runs, right.runs)
     return ProgramResult(
-        name=" ".join([path.name, *arguments]),
+        name=name,
         reference=left,
         candidate=right,
-        speed=timing.paired_ratio(*pairs, seed),
+        speed=timing.paired_ratio(*pairs(left.runs, right.runs), seed),
         wall=timing.paired_ratio([run.wall for run in left.runs], [run.wall for run in right.runs], seed),
-        parity=found,
+        parity=parity.judge(losses[0][:both], losses[1][:both], [], rule, (left.label, right.label)),
         facts={"cpu": machine.cpu_name(), "threads": machine.threads()},
         seed=seed,
         elapsed=elapsed,
-        notes=notes,
+        notes=found,
     )

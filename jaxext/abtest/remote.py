@@ -80,6 +80,10 @@ class RemoteHost:
     def trace_seconds(self, settings: list[Setting]) -> list[float | None]:
         return self._call("trace_seconds", settings=[setting.to_dict() for setting in settings])
 
+    def arithmetic(self) -> tuple[float | None, tuple[str, ...]]:
+        flops, dtypes = self._call("arithmetic")
+        return flops, tuple(dtypes)
+
     def open_probe(self, name: str, of: str) -> None:
         self._call("open_probe", name=name, of=of)
 

@@ -101,7 +101,8 @@ def _panel(result: AnyResult) -> Panel:
     return Panel(text, title=f"jaxext ab  {result.name}", border_style=style, padding=(0, 1))
 
 
-def _table(columns: Iterable[str]) -> Table:
+def new_table(columns: Iterable[str]) -> Table:
+    """An empty table, its first column left-aligned, the others right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -161,14 +162,14 @@ def _program_rows(result: ProgramResult) -> list[tuple[str, str, str, str]]:
 
 
 def _sides(result: AnyResult) -> Table:
-    table = _table(("", result.reference.label, result.candidate.label, "times less"))
+    table = new_table(("", result.reference.label, result.candidate.label, "times less"))
     for row in side_rows(result):
         table.add_row(*row)
     return table
 
 
 def _rows(headers: tuple[str, str, str], rows: list[Row]) -> Table:
-    table = _table((*headers, "ratio", "95% interval"))
+    table = new_table((*headers, "ratio", "95% interval"))
     for row in rows:
         if row.ratio is None:
             table.add_row(row.name, "", "", "", Text(row.note, style="dim"))

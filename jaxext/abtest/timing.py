@@ -50,6 +50,29 @@ def paired_ratio(reference: Sequence[float], candidate: Sequence[float], seed: i
     return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
 
 
+def geometric_mean(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) -> Ratio:
+    """Geometric mean of the paired ratios of several programs, each given as its (reference, candidate) seconds.
+
+    The interval resamples the pairs of each program; None where a program has fewer than three. `pairs` of the result
+    counts programs.
+
+    Raises:
+      ValueError: no program, or lists as `paired_ratio` refuses them.
+    """
+    if not pairs:
+        raise ValueError("pairs is empty: expected the measurements of at least one program.")
+    value = float(np.exp(np.mean([np.log(paired_ratio(*item, seed).value) for item in pairs])))
+    if any(len(reference) < 3 for reference, _ in pairs):
+        return Ratio(value, None, len(pairs))
+    rng = np.random.default_rng(seed)
+    logs = np.zeros(RESAMPLES)
+    for reference, candidate in pairs:
+        ratios = np.asarray(reference, np.float64) / np.asarray(candidate, np.float64)
+        logs += np.log(np.median(rng.choice(ratios, size=(RESAMPLES, len(ratios))), axis=1))
+    low, high = np.percentile(np.exp(logs / len(pairs)), [2.5, 97.5])
+    return Ratio(value, (float(low), float(high)), len(pairs))
+
+
 def orders(sides: Sequence[str], seed: int) -> Iterator[list[str]]:
     """Endless rounds, each all `sides` in random order: slow drift and who-follows-whom favour no side."""
     rng = np.random.default_rng(seed)

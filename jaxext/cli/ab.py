@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 EXIT_DISAGREES = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+SUITE = Path("compat/programs/suite.toml")
 
 _DESCRIPTION = """\
 Run a train step on jaxext and on stock JAX, side by side, and say how much faster it is and whether it computes the
 same. file.py:factory tests one step (factory() returns the step and the tuple of its arguments); file.py runs the
-whole program, each side in processes of its own."""
+whole program, each side in processes of its own. --suite tests many whole programs and gives their geometric mean."""
 
 _EPILOG = """\
 --vs names what to compare with, parts joined by '+':
@@ -42,11 +43,22 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("target", help="file.py:factory, or file.py for the whole program")
+    parser.add_argument("target", nargs="?", help="file.py:factory, or file.py for the whole program")
+    parser.add_argument(
+        "--suite",
+        nargs="?",
+        type=Path,
+        const=SUITE,
+        metavar="FILE",
+        help=f"test every program of a TOML file ({SUITE})",
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="of a suite, this (repeatable)")
     parser.add_argument("--args", default="", help="arguments of the whole program, as in --args='--steps 50'")
     parser.add_argument("--steps", type=int, default=20, help="steps whose losses are compared (20)")
-    parser.add_argument("--repeats", type=int, help="timed pairs (20; whole program: 3)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing new after SECONDS (300)")
+    parser.add_argument("--repeats", type=int, help="timed pairs (20; whole program: 3; suite: 2)")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="begin nothing new after SECONDS (300; suite: no limit)"
+    )
     parser.add_argument("--vs", default="stock", metavar="SETTING", help="what to compare with (stock)")
     parser.add_argument("--memory", choices=("reuse", "system"), default="reuse", help="memory on both sides (reuse)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of measurements (0)")
@@ -71,6 +83,10 @@ def main(args: argparse.Namespace) -> int:
     # Results alone go to standard output, so that `--json -` can be piped.
     errors = Console(stderr=True)
     try:
+        if args.suite is not None:
+            return _suite(args, errors)
+        if args.target is None:
+            raise TargetError("nothing to test: give file.py:factory, file.py, or --suite.")
         path, factory = parse_target(args.target)
         _check(args, factory)
         if factory is None:
@@ -85,7 +101,10 @@ def main(args: argparse.Namespace) -> int:
         errors.print(f"jaxext ab: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        errors.print("jaxext ab: interrupted, nothing was written", style="red")
+        written = (
+            f", {args.json} has the programs that were done" if args.suite and args.json else ", nothing was written"
+        )
+        errors.print(f"jaxext ab: interrupted{written}", style="red")
         return EXIT_INTERRUPTED
     except (StepError, ProgramError) as error:
         errors.print(f"jaxext ab: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -156,6 +175,38 @@ def _program(args: argparse.Namespace, path: Path, errors: Console) -> int:
     return result.exit_code
 
 
+def _suite(args: argparse.Namespace, errors: Console) -> int:
+    from jaxext.abtest import suite
+    from jaxext.abtest.progress import ProgressBar
+
+    for value, name in ((args.target, "target"), (args.args, "--args")):
+        if value:
+            raise ValueError(f"{name} {value!r}: a suite's file names its programs and their arguments. Leave it out.")
+    if args.vs != "stock" or args.memory != "reuse":
+        raise ValueError(
+            "--vs, --memory: a suite always compares stock JAX, with and without memory reuse. Leave them out."
+        )
+    _check(args, None)
+    programs = suite.read(args.suite, tuple(args.only), args.tolerance)
+
+    def save(result: Any) -> None:
+        if args.json is not None and str(args.json) != "-":
+            args.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+
+    with ProgressBar(errors) as bar:
+        result = suite.run(
+            args.suite.name,
+            programs,
+            repeats=args.repeats or 2,
+            budget=args.budget,
+            seed=args.seed,
+            watcher=bar,
+            after=save,
+        )
+    _write(args, result, errors)
+    return result.exit_code
+
+
 def _write(args: argparse.Namespace, result: Any, errors: Console) -> None:
     from rich.console import Console
 
@@ -165,16 +216,19 @@ def _write(args: argparse.Namespace, result: Any, errors: Console) -> None:
     else:
         terminal = Console()
         # A narrow or unknown terminal would break the tables; a log has no width of its own.
-        (terminal if terminal.is_terminal and terminal.width >= 80 else Console(width=120)).print(result)
+        least = 80 if args.suite is None else 130
+        (terminal if terminal.is_terminal and terminal.width >= least else Console(width=max(120, least))).print(result)
     if args.json is not None and str(args.json) != "-":
         args.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     if args.html is not None:
-        from jaxext.abtest.html import page
+        from jaxext.abtest import html, suite_report
 
+        page = html.page if args.suite is None else suite_report.page
         args.html.write_text(page(result))
     if args.png is not None:
-        from jaxext.abtest.charts import picture
+        from jaxext.abtest import charts, suite_report
 
+        picture = charts.picture if args.suite is None else suite_report.picture
         args.png.write_bytes(picture(result))
     written = [str(path) for path in (args.json, args.html, args.png) if path is not None and str(path) != "-"]
     if written:
