@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from sweep_agreement import Outcome
 
-_DEFAULT_JSON = pathlib.Path("build/compat/sweep.json")
+_DEFAULT_JSON = pathlib.Path(__file__).parent / "records" / "sweep.json"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

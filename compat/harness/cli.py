@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import document, known_failures, schedule, suite
+from . import document, known_failures, records, schedule, suite
 from .compare import Comparison, compare
 from .environment import probe
 from .errors import CompatError
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def main(arguments: list[str] | None = None, *, compat: Path = ROOT / "compat") -> int:
     """0: everything that passes on stock JAX passes on jaxext. 1: something does not. 2: bad input. 130: interrupted.
 
-    compat: folder with `suites` and `known_failures`.
+    compat: folder with `suites`, `known_failures` and `records`.
     """
     options = _parser().parse_args(arguments)
     console = Console()
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "compat", help="environments, sources, results")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="test processes at a time")
     parser.add_argument("--rerun", action="store_true", help="run again what is recorded already")
-    parser.add_argument("--write-docs", action="store_true", help="write the page from all that is recorded")
+    parser.add_argument("--write-docs", action="store_true", help="record what is cached, and write the page")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "compat.md", help="the page (docs/compat.md)")
     return parser
 
@@ -78,7 +78,11 @@ def _run(options: argparse.Namespace, compat: Path, console: Console) -> int:
     ]
     _show(comparisons, errors, console)
     if options.write_docs:
-        options.docs.write_text(document.text(run.cache, compat))
+        for record in records.collect(run.cache, compat):
+            if not records.keep(record, compat / "records"):
+                kept = f"{record.comparison.suite.name} on {record.platform}: a record of more files is kept"
+                console.print(kept, highlight=False)
+        options.docs.write_text(document.text(compat / "records", compat / "suites"))
         console.print(f"wrote {options.docs}")
     return 1 if errors or any(comparison.problems for comparison in comparisons) else 0
 

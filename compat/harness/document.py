@@ -1,17 +1,15 @@
-"""docs/compat.md, from all results that are recorded, of every Python and JAX."""
+"""docs/compat.md, from the records of every Python and JAX."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import known_failures, suite
-from .compare import Comparison, compare
-from .environment import source_folder
-from .results import JAXEXT, STOCK, FileResult, Store
+from . import suite
+from .compare import Comparison
+from .records import Record, read, versions_of
 
 _INTRODUCTION = """# Compatibility
 
@@ -21,61 +19,33 @@ Other projects' own tests run twice, each file in a process of its own: on stock
 before pytest collects anything. Tests, assertions and tolerances are those of the projects' releases. Only a test that
 passes on stock JAX counts, and each of those has to pass on jaxext; a known failure is listed with its reason, and one
 that passes after all is an error. Replaced kernel calls are those put into programs that JAX traced in a test; a
-fall-back is a pattern that was recognised and left to stock JAX, for the reason given.
+fall-back is a pattern that was recognised and left to stock JAX, for the reason given. The build is the digest of the
+jaxext that a suite ran on; different ones were recorded at different times.
 """
 _SHOWN = 12  # reasons of a suite
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recorded:
-    """A suite's results on one Python and JAX: `there` of `files` files have them."""
-
-    comparison: Comparison
-    there: int
-    files: int
-
-
-def text(cache: Path, compat: Path) -> str:
+def text(records: Path, suites: Path) -> str:
     """
     Args:
-      cache: the folder with `results`, `sources` and, from the sweep, `sweep.json`.
-      compat: the folder with `suites` and `known_failures`.
+      records: the folder of records, with `sweep.json` from the sweep over architectures where that was run.
+      suites: the folder of suites.
     """
     lines = [_INTRODUCTION]
-    for folder in sorted(path for path in (cache / "results").glob("*") if path.is_dir()):
-        python, jax = folder.name.removeprefix("py").split("-jax")
-        suites = suite.find(compat / "suites", [], {"python": python, "jax": jax})
-        recorded = [found for item in suites if (found := _recorded(item, folder.name, cache, compat)) is not None]
+    for folder in sorted(path for path in records.glob("*") if path.is_dir()):
+        versions = versions_of(folder.name)
+        found = suite.find(suites, [], versions)
+        recorded = [record for item in found if (record := read(records, folder.name, item)) is not None]
         if recorded:
-            lines += _platform(recorded, f"Python {python}, JAX {jax}")
-            lines += [f"{item.name} is not run: {item.skip}\n" for item in suites if item.skip]
-    sweep = cache / "sweep.json"
+            lines += _platform(recorded, f"Python {versions['python']}, JAX {versions['jax']}")
+            lines += [f"{item.name} is not run: {item.skip}\n" for item in found if item.skip]
+    sweep = records / "sweep.json"
     if sweep.exists():
         lines += _architectures(json.loads(sweep.read_text()))
     return "\n".join(lines) + "\n"
 
 
-def _recorded(item: suite.Suite, platform: str, cache: Path, compat: Path) -> _Recorded | None:
-    source = source_folder(item, cache)
-    if item.skip or not source.exists():
-        return None
-    store = Store(cache / "results")
-    files = suite.list_files(item, source, quick=False)
-    sides: dict[str, dict[str, FileResult]] = {}
-    version = {"suite": f"{item.package}=={item.version}"}
-    for side in (STOCK, JAXEXT):
-        loaded = {file: store.load(store.path(platform, item.name, side, file), version) for file in files}
-        sides[side] = {file: result for file, result in loaded.items() if result is not None}
-    both = [file for file in files if file in sides[STOCK] and file in sides[JAXEXT]]
-    if not both:
-        return None
-    python, jax = platform.removeprefix("py").split("-jax")
-    known = known_failures.read(compat / "known_failures" / f"{item.name}.toml", {"python": python, "jax": jax})
-    stock, jaxext = ({file: sides[side][file] for file in both} for side in (STOCK, JAXEXT))
-    return _Recorded(compare(item, stock, jaxext, known, whole=len(both) == len(files)), len(both), len(files))
-
-
-def _platform(recorded: list[_Recorded], title: str) -> Iterator[str]:
+def _platform(recorded: list[Record], title: str) -> Iterator[str]:
     yield f"## Test suites: {title}\n"
     rows = []
     for found in recorded:
@@ -83,12 +53,18 @@ def _platform(recorded: list[_Recorded], title: str) -> Iterator[str]:
         files = str(found.files) if found.there == found.files else f"{found.there} of {found.files}"
         share = f"{100 * item.jaxext / item.stock:.4g}%" if item.stock else ""
         calls, left = sum(item.replaced.values()), sum(item.fallbacks.values())
-        name = f"{item.suite.package} {item.suite.version}"
-        rows.append((name, files, item.tests, item.stock, item.jaxext, share, len(item.known), calls, left))
+        name = f"{found.package} {found.version}"
+        rows.append(
+            (name, files, item.tests, item.stock, item.jaxext, share, len(item.known), calls, left, _builds(found))
+        )
     header = ("suite", "files", "tests", "pass on stock", "of these on jaxext", "", "known failures")
-    yield from _table((*header, "replaced kernel calls", "fall-backs"), rows)
+    yield from _table((*header, "replaced kernel calls", "fall-backs", "build"), rows)
     for found in recorded:
         yield from _suite(found.comparison)
+
+
+def _builds(record: Record) -> str:
+    return ", ".join(f"`{build[:6]}`" for build in record.builds)
 
 
 def _suite(item: Comparison) -> Iterator[str]:

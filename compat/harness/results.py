@@ -71,6 +71,10 @@ class Store:
         tests = {test: TestResult(**result) for test, result in data["tests"].items()}
         return FileResult(tests, data["collection"], data["at_exit"], data["seconds"])
 
+    def key(self, path: Path) -> Mapping[str, Any]:
+        """The key under which a result was recorded."""
+        return json.loads(path.read_text())["key"]
+
     def save(self, path: Path, key: Mapping[str, Any], result: FileResult) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
