@@ -30,6 +30,7 @@ try:
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
     from jax._src.named_sharding import UnspecifiedValue
+    from jax._src.random import prng
     from jax._src.state.types import AbstractRef
 except ImportError as error:
     raise ImportError(
@@ -193,6 +194,37 @@ def explicit_sharding(aval: Any) -> tuple[Any, ...]:
     """The mesh axes in an array's type, by dimension (explicit sharding); () where there are none."""
     spec = tuple(getattr(getattr(aval, "sharding", None), "spec", ()))
     return spec if any(axis is not None for axis in spec) else ()
+
+
+def call_of(run: Callable[..., Any], eqn: Any, name: str) -> Any:
+    """An equation that calls jitted `run(*operands)` in the place of `eqn`, between the same operands and results."""
+
+    def named(*operands: Any) -> Any:
+        return run(*operands)
+
+    named.__name__ = named.__qualname__ = name
+    traced, _ = open_jaxpr(trace(lambda *xs: [jax.jit(named)(*xs)], [var.aval for var in eqn.invars]))
+    (call,) = traced.eqns
+    return call.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info, ctx=eqn.ctx)
+
+
+def is_partitionable_threefry(keys: Any) -> bool:
+    """True for typed keys of JAX's default generator in its default form, where no check of key reuse looks on."""
+    name = getattr(getattr(keys.dtype, "_impl", None), "name", "")
+    return name == "threefry2x32" and config.threefry_partitionable.value and not config.debug_key_reuse.value
+
+
+def threefry_bits(words: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+    """Stock's bits [..., *shape] of width `bit_width` for the keys of which `words` are: uint32[..., 2]."""
+    keys = jax.random.wrap_key_data(words, impl="threefry2x32")
+    with config.threefry_partitionable(True):
+        return prng.random_bits(keys, bit_width, shape)
+
+
+def key_words(eqn: Any) -> Any:
+    """The equation that takes the words, uint32[..., 2], out of the keys that `eqn` has as its operand."""
+    aval, _ = prng.random_unwrap_p.abstract_eval(eqn.invars[0].aval)
+    return eqn.replace(primitive=prng.random_unwrap_p, params={}, outvars=[core.Var(aval)])
 
 
 def with_weak_type(x: Any, aval: Any) -> Any:

@@ -15,7 +15,20 @@ from typing import Any
 
 import jax
 
-KERNELS = ("attention", "layer_norm", "rms_norm", "softmax_cross_entropy", "linear_cross_entropy", "matmul", "top_k")
+KERNELS = (
+    "attention",
+    "layer_norm",
+    "rms_norm",
+    "softmax_cross_entropy",
+    "linear_cross_entropy",
+    "matmul",
+    "top_k",
+    "sort",
+    "argmax",
+    "cumsum",
+    "random_bits",
+    "convolution",
+)
 
 
 @dataclasses.dataclass(frozen=True)

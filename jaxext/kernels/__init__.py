@@ -1,8 +1,10 @@
 """The kernels: public functions, their refusals, and every op for the conformance tests and benchmarks."""
 
+from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal
 from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
 from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
+from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
@@ -10,6 +12,8 @@ from jaxext.kernels._norm import OPS as _NORMS
 from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from jaxext.kernels._op import Op, native_status
 from jaxext.kernels._product import OPS as _PRODUCTS
+from jaxext.kernels._random_bits import RANDOM_BITS
+from jaxext.kernels._sort import SORT
 from jaxext.kernels._top_k import TOP_K
 
 __all__ = [
@@ -28,7 +32,8 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, DOT, TOP_K)
+_PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

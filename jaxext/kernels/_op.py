@@ -62,13 +62,15 @@ class Op:
       name: the op's name.
       reference: (*operands, **params) -> outputs, in plain JAX. None for a backward op, whose reference `derive` makes.
       target: the FFI target without its `jaxext_` prefix.
-      core_rank: dimensions of operand 0 that are the op's own; those before them are the batch.
+      core_rank: dimensions of operand 0 that are the op's own, or (**params) -> them; those before are the batch.
       attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays).
       roles: (n_operands, **params) -> one Role per operand.
       refuses: (*avals, **params) -> None where the kernel takes the call, else the reason (the reference runs).
       check: (*avals, **params) -> None; raises TypeError or ValueError that names the argument, what was expected and
         the remedy. Run when the op is traced.
       specs: what conformance tests and benchmarks run.
+      needs_batch: in a program that spans devices the kernel runs only where there is a batch to keep apart; XLA
+        partitions the reference, which a call whose operands are whole on every device would not be.
       aliases: operand index -> index of the output that is written over it (XLA copies an operand still needed).
     """
 
@@ -78,18 +80,19 @@ class Op:
         reference: Reference | None,
         *,
         target: str,
-        core_rank: int,
+        core_rank: int | Callable[..., int],
         attributes: Callable[..., Mapping[str, Any]],
         roles: Callable[..., Sequence[Role]],
         refuses: Callable[..., str | None],
         check: Callable[..., None] | None = None,
         specs: Sequence[ArgSpec] = (),
+        needs_batch: bool = False,
         aliases: Mapping[int, int] | None = None,
     ) -> None:
         self.name, self.target, self.specs = name, f"jaxext_{target}", tuple(specs)
         self.attributes, self.roles, self.check = attributes, roles, check
         self.core_rank, self.aliases = core_rank, dict(aliases or {})
-        self._refuses = refuses
+        self._refuses, self._needs_batch = refuses, needs_batch
         self._reference = reference
         self.backward: Op | None = None
         self.outputs: tuple[int, ...] = (0,)
@@ -118,9 +121,10 @@ class Op:
         """None where the native kernel takes this call on CPU, else the reason why the reference runs."""
         return native_status() or _native_module.lacks(self.target) or self._refuses(*avals, **params)
 
-    def leading(self, aval: Any) -> int:
+    def leading(self, aval: Any, **params: Any) -> int:
         """The number of batch dimensions, read off the first operand."""
-        return len(aval.shape) - self.core_rank
+        own = self.core_rank(**params) if callable(self.core_rank) else self.core_rank
+        return len(aval.shape) - own
 
     def _abstract(self, *avals: Any, **params: Any) -> Sequence[Any]:
         if self.check is not None:
@@ -136,7 +140,8 @@ class Op:
         if self.refusal(*ctx.avals_in, **params) is not None or _export.leaves_kernels_out(ctx):
             return self._lower(ctx, *args, **params)
         if _sharding.spans_devices(ctx):
-            if _jax_compat.lowers_for_export(ctx):  # custom partitioning calls back into this process
+            alone = self._needs_batch and self.leading(ctx.avals_in[0], **params) == 0
+            if alone or _jax_compat.lowers_for_export(ctx):  # custom partitioning calls back into this process
                 return self._lower(ctx, *args, **params)
             return mlir.lower_fun(self._partitioned(ctx, params), multiple_results=True)(ctx, *args)
         lowering = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self.aliases)
@@ -146,7 +151,7 @@ class Op:
         avals: tuple[Any, ...] = (*ctx.avals_in, *ctx.avals_out)
         return _sharding.partitioned(
             _bound(self, tuple(sorted(params.items()))),
-            self.leading(ctx.avals_in[0]),
+            self.leading(ctx.avals_in[0], **params),
             tuple(self.roles(len(ctx.avals_in), **params)),
             tuple(self.output_roles(len(ctx.avals_out), **params)),
             tuple(aval.shape for aval in avals),
@@ -185,16 +190,17 @@ def _traced_avals(op: Op, avals: tuple[Any, ...], params: tuple[tuple[str, Any],
     )
     outs = _jax_compat.out_types(traced)
     roles = op.output_roles(len(outs), **dict(params))
-    return tuple(_like(op, avals[0], role, out.shape, out.dtype) for out, role in zip(outs, roles))
+    batch = op.leading(avals[0], **dict(params))
+    return tuple(_like(avals[0], batch, role, out.shape, out.dtype) for out, role in zip(outs, roles))
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _like(op: Op, aval: Any, role: Role, shape: tuple[int, ...], dtype: Any) -> Any:
+def _like(aval: Any, batch: int, role: Role, shape: tuple[int, ...], dtype: Any) -> Any:
     """An aval of another shape that varies over the same mesh axes as the op's first operand."""
-    leading = 0 if role == "shared" else min(op.leading(aval), len(shape))
+    leading = 0 if role == "shared" else min(batch, len(shape))
     return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=_sharding.resized(aval, leading, len(shape)))
 
 

@@ -1,7 +1,7 @@
-"""Primitives exchanged one for one for ops of the same type, in a function that nobody will differentiate any more.
+"""Primitives exchanged one for one, in a function that nobody will differentiate any more.
 
-Nothing is matched and nothing traced again: an equation keeps its operands, results and source line and gets another
-primitive, also inside scan, while, cond, checkpoint, shard_map and jit.
+An equation keeps its operands, results and source line and gets an op's primitive, or calls an expression of JAX's own
+primitives that XLA runs faster; also inside scan, while, cond, checkpoint, shard_map and jit.
 """
 
 from __future__ import annotations
@@ -18,15 +18,25 @@ from .report import Entry, Report
 
 
 @dataclasses.dataclass(frozen=True)
+class Expression:
+    """`run(*operands)` computes the equation's one result in plain JAX; `detail` says how, for the report."""
+
+    run: Callable[..., Any]
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Exchange:
     """`kernel`: the name in reports and settings. `primitive`: JAX's name of what may be exchanged.
 
-    `choose(equation)` returns the op and its parameters, None where stock JAX is to run it.
+    `choose(equation)` returns the op and its parameters, or an expression; None where stock JAX is to run it.
+    `before(equation)` makes an equation to run first, whose results the op takes in the operands' place.
     """
 
     kernel: str
     primitive: str
-    choose: Callable[[Any], tuple[Op, Mapping[str, Any]] | None]
+    choose: Callable[[Any], tuple[Op, Mapping[str, Any]] | Expression | None]
+    before: Callable[[Any], Any] | None = None
 
 
 def exchange(jaxpr: Any, settings: Settings, exchanges: Sequence[Exchange], location: str) -> tuple[Any, Report]:
@@ -47,26 +57,31 @@ class _Walk:
         """The function, exchanged; itself where nothing changed. One that is called several times is walked once."""
         if id(jaxpr) not in self._known:
             opened, _ = compat.open_jaxpr(jaxpr)
-            equations = [self._equation(eqn, location) for eqn in opened.eqns]
-            same = all(new is old for new, old in zip(equations, opened.eqns))
+            equations = [new for eqn in opened.eqns for new in self._equations(eqn, location)]
+            same = len(equations) == len(opened.eqns) and all(new is old for new, old in zip(equations, opened.eqns))
             # The original is kept with the new one, so that its id is not given to another.
             self._known[id(jaxpr)] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
         return self._known[id(jaxpr)][1]
 
-    def _equation(self, eqn: Any, location: str) -> Any:
+    def _equations(self, eqn: Any, location: str) -> list[Any]:
         name = eqn.primitive.name
         if name in HIGHER_ORDER:
-            return self._higher_order(eqn, f"{location}/{LOCATION.get(name, eqn.params.get('name', name))}")
+            return [self._higher_order(eqn, f"{location}/{LOCATION.get(name, eqn.params.get('name', name))}")]
         wanted = self._wanted.get(name)
         chosen = wanted.choose(eqn) if wanted is not None and not left_out(wanted.kernel, eqn) else None
         if wanted is None or chosen is None:
-            return eqn
-        op, params = chosen
+            return [eqn]
         shapes = tuple(compat.short_type(var.aval) for var in eqn.invars)
-        result = eqn.outvars[0].aval
-        entry = Entry(wanted.kernel, shapes, str(result.dtype), compat.user_line(eqn), location)
+        dtype = str(eqn.outvars[0].aval.dtype)
+        detail = chosen.detail if isinstance(chosen, Expression) else ""
+        entry = Entry(wanted.kernel, shapes, dtype, compat.user_line(eqn), location, detail=detail)
         self.report.replaced.append(entry)
-        return eqn.replace(primitive=op.primitive, params=dict(params))
+        if isinstance(chosen, Expression):
+            return [compat.call_of(chosen.run, eqn, f"jaxext_{wanted.kernel}")]
+        op, params = chosen
+        first = [] if wanted.before is None else [wanted.before(eqn)]
+        operands = first[0].outvars if first else eqn.invars
+        return [*first, eqn.replace(primitive=op.primitive, params=dict(params), invars=list(operands))]
 
     def _higher_order(self, eqn: Any, location: str) -> Any:
         if left_out("", eqn):

@@ -44,7 +44,7 @@ QUICK = ["--steps", "3", "--repeats", "3", "--no-contributions", "--no-memory-ro
         ("{}:raising", [], r"program\.py:raising raised RuntimeError: no data here"),
         ("{}:failing", [], r"fails on stock JAX: AttributeError: .*no_such_attribute.*Call step\(\*args\) yourself"),
         ("{}:factory", ["--vs", "fast"], r"--vs 'fast': 'fast' is no setting\. Expected one of stock"),
-        ("{}:factory", ["--vs", "exclude=sort"], r"unknown kernel 'sort'\. The kernels are attention"),
+        ("{}:factory", ["--vs", "exclude=sorting"], r"unknown kernel 'sorting'\. The kernels are attention"),
         ("{}:factory", ["--steps", "0"], r"steps=0: expected at least 1"),
         ("{}:factory", ["--html", "no/such/folder/a.html"], r"the folder no/such/folder does not exist\. Make it"),
         (

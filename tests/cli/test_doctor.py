@@ -68,7 +68,8 @@ def test_settings_that_cost_speed_get_advice():
             {"JAXEXT_KERNELS": "-attentoin"},
             "environment",
             "JAXEXT_KERNELS: unknown kernel 'attentoin'. The kernels are attention, layer_norm, rms_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k.",
+            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "random_bits, convolution.",
         ),
     ],
 )

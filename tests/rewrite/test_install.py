@@ -153,9 +153,10 @@ def test_disable_in_the_environment_makes_install_do_nothing(monkeypatch):
     [
         ({"memory": "swap"}, "install: memory='swap', expected 'reuse' or 'system'."),
         (
-            {"exclude": "sort"},
-            "install(exclude=): unknown kernel 'sort'. The kernels are attention, layer_norm, rms_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k.",
+            {"exclude": "sorting"},
+            "install(exclude=): unknown kernel 'sorting'. The kernels are attention, layer_norm, rms_norm, "
+            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "random_bits, convolution.",
         ),
     ],
 )

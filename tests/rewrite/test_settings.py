@@ -39,7 +39,8 @@ def test_strict():
         (
             {"JAXEXT_KERNELS": "-atention"},
             "JAXEXT_KERNELS: unknown kernel 'atention'. The kernels are attention, layer_norm, rms_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k.",
+            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "random_bits, convolution.",
         ),
         (
             {"JAXEXT_KERNELS": "attention"},
@@ -55,7 +56,8 @@ def test_strict():
         (
             {"JAXEXT_DISABLE": "1", "JAXEXT_KERNELS": "-x"},
             "JAXEXT_KERNELS: unknown kernel 'x'. The kernels are attention, layer_norm, rms_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k.",
+            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "random_bits, convolution.",
         ),
     ],
 )

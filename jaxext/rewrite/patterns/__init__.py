@@ -2,7 +2,19 @@
 
 from ..exchange import Exchange
 from ..match import Pattern
-from . import attention, cross_entropy, dot, linear_cross_entropy, norm, top_k
+from . import (
+    arg_reduce,
+    attention,
+    convolution,
+    cross_entropy,
+    cumulative,
+    dot,
+    linear_cross_entropy,
+    norm,
+    random_bits,
+    sort,
+    top_k,
+)
 
 PATTERNS: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
@@ -13,4 +25,12 @@ PATTERNS: tuple[Pattern, ...] = (
 )
 
 # What is exchanged once nobody differentiates the program any more.
-EXCHANGES: tuple[Exchange, ...] = (dot.EXCHANGE, top_k.EXCHANGE)
+EXCHANGES: tuple[Exchange, ...] = (
+    dot.EXCHANGE,
+    top_k.EXCHANGE,
+    sort.EXCHANGE,
+    *arg_reduce.EXCHANGES,
+    *cumulative.EXCHANGES,
+    random_bits.EXCHANGE,
+    convolution.EXCHANGE,
+)

@@ -1,0 +1,79 @@
+"""`lax.cumsum`, `cumprod`, `cummax` and `cummin` in one reading.
+
+XLA scans in log2(n) passes. Sums and products are carried in double precision, so they are nearer to the exact ones
+than stock's; maxima and minima are stock's, but for denormals, which stock turns to zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxext.kernels._op import ArgSpec, Op, Role
+
+__all__ = ["CUMULATIVE", "KINDS", "cumulative_gains"]
+
+_NATIVE = ("float32", "bfloat16")
+KINDS = ("cumsum", "cumprod", "cummax", "cummin")
+
+# Below, starting the call costs what it gains. Measured in tests/bench/bench_cumulative.py.
+LEAST_ELEMENTS = 1 << 12
+LEAST_AXIS = 8
+
+
+def _reference(x: jax.Array, *, axis: int, kind: str, reverse: bool) -> Sequence[jax.Array]:
+    return (getattr(jax.lax, kind)(x, axis=x.ndim + axis, reverse=reverse),)
+
+
+def _refuses(x: Any, **_: Any) -> str | None:
+    if x.dtype.name not in _NATIVE:
+        return f"'x' is {x.dtype}; the kernel takes {', '.join(_NATIVE)}"
+    return None
+
+
+def cumulative_gains(x: Any, axis: int) -> bool:
+    """Whether the kernel is faster than XLA for x along an axis counted from the end (-1: the last)."""
+    return math.prod(x.shape) >= LEAST_ELEMENTS and x.shape[axis] >= LEAST_AXIS
+
+
+def _attributes(*, axis: int, kind: str, reverse: bool) -> Mapping[str, Any]:
+    return {"axis": axis, "kind": np.int64(KINDS.index(kind)), "reverse": reverse}
+
+
+def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
+    return ("full",) * n_operands
+
+
+def _spec(name: str, shape: tuple[int, ...], axis: int, kind: str, reverse: bool = False) -> ArgSpec:
+    def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
+        # A product of numbers around 1 neither overflows nor vanishes.
+        x = rng.standard_normal(shape) if kind != "cumprod" else 1 + 0.05 * rng.standard_normal(shape)
+        return (x.astype(dtype),)
+
+    return ArgSpec(name, make, {"axis": axis, "kind": kind, "reverse": reverse})
+
+
+CUMULATIVE = Op(
+    "cumulative",
+    _reference,
+    target="cumulative",
+    core_rank=lambda *, axis, **_: -axis,
+    attributes=_attributes,
+    roles=_roles,
+    refuses=_refuses,
+    needs_batch=True,
+    specs=(
+        _spec("rows", (5, 300), -1, "cumsum"),
+        _spec("one long row", (1, 70000), -1, "cumsum", reverse=True),
+        _spec("columns", (2, 40, 77), -2, "cumsum"),
+        _spec("columns from the end", (2, 40, 64), -2, "cumsum", reverse=True),
+        _spec("product", (3, 200), -1, "cumprod"),
+        _spec("largest", (3, 70), -1, "cummax"),
+        _spec("smallest", (70, 3), -2, "cummin", reverse=True),
+        _spec("no rows", (0, 9), -1, "cumsum"),
+    ),
+)

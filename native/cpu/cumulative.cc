@@ -1,0 +1,197 @@
+// cumsum, cumprod, cummax and cummin in one reading, where XLA makes log2(n) passes. Sums and products are carried in
+// double precision, so that the error does not grow with the length.
+#include "cpu/cumulative.h"
+
+#ifdef JAXEXT_KERNEL
+#include "vec.h"
+
+namespace jaxext::JAXEXT_ISA {
+namespace {
+
+constexpr int64_t kTaskElements = 1 << 15;  // of a task, at least
+constexpr int64_t kSplit = 1 << 16;         // a row this long is cut, so that several threads share it
+constexpr int64_t kColumns = 64;            // neighbouring columns of one task
+
+JAXEXT_INLINE float widened(float x) { return x; }
+JAXEXT_INLINE float widened(bf16 x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+JAXEXT_INLINE void put(float* p, float x) { *p = x; }
+JAXEXT_INLINE void put(bf16* p, float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  *p = (bf16)(x != x ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+struct Sum {
+  typedef double Carry;
+  static constexpr double kNeutral = 0;
+  static JAXEXT_INLINE double step(double a, double b) { return a + b; }
+};
+struct Product {
+  typedef double Carry;
+  static constexpr double kNeutral = 1;
+  static JAXEXT_INLINE double step(double a, double b) { return a * b; }
+};
+// As XLA's maximum and minimum: NaN wins, and +0 is above -0.
+struct Max {
+  typedef float Carry;
+  static constexpr float kNeutral = -__builtin_inff();
+  static JAXEXT_INLINE float step(float a, float b) {
+    return a != a ? a : b != b ? b : a == b ? (__builtin_signbit(a) ? b : a) : a > b ? a : b;
+  }
+};
+struct Min {
+  typedef float Carry;
+  static constexpr float kNeutral = __builtin_inff();
+  static JAXEXT_INLINE float step(float a, float b) {
+    return a != a ? a : b != b ? b : a == b ? (__builtin_signbit(a) ? a : b) : a < b ? a : b;
+  }
+};
+
+// Elements [first, last) of a row in scan order; returns the carry behind them. Where `out` is null only that is wanted.
+template <class F, class T, bool kReverse>
+typename F::Carry run(const T* x, int64_t n, int64_t first, int64_t last, typename F::Carry carry, T* out) {
+  for (int64_t i = first; i < last; i++) {
+    const int64_t at = kReverse ? n - 1 - i : i;
+    carry = F::step(carry, (typename F::Carry)widened(x[at]));
+    if (out) put(out + at, (float)carry);
+  }
+  return carry;
+}
+
+template <class F, class T, bool kReverse>
+void along_rows(const CumulativeArgs& a, const Parallel& par) {
+  typedef typename F::Carry Carry;
+  const auto* x = static_cast<const T*>(a.x);
+  auto* out = static_cast<T*>(a.out);
+  if (a.n < kSplit || a.outer >= 2 * par.threads || par.threads < 2) {
+    const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
+    parallel_for(par, (a.outer + per_task - 1) / per_task, [&](int64_t task) {
+      const int64_t end = (task + 1) * per_task < a.outer ? (task + 1) * per_task : a.outer;
+      for (int64_t r = task * per_task; r < end; r++)
+        run<F, T, kReverse>(x + r * a.n, a.n, 0, a.n, (Carry)F::kNeutral, out + r * a.n);
+    });
+    return;
+  }
+  // Reduce each part, scan the parts' results, scan each part: one more reading, shared by all threads.
+  const int64_t parts = par.threads, size = (a.n + parts - 1) / parts;
+  auto* carries = static_cast<Carry*>(thread_arena(a.outer * parts * sizeof(Carry)));
+  auto end_of = [&](int64_t part) { return (part + 1) * size < a.n ? (part + 1) * size : a.n; };
+  parallel_for(par, a.outer * parts, [&](int64_t task) {
+    const int64_t r = task / parts, part = task % parts;
+    carries[task] =
+        run<F, T, kReverse>(x + r * a.n, a.n, part * size, end_of(part), (Carry)F::kNeutral, static_cast<T*>(nullptr));
+  });
+  for (int64_t r = 0; r < a.outer; r++) {
+    Carry before = (Carry)F::kNeutral;
+    for (int64_t part = 0; part < parts; part++) {
+      const Carry own = carries[r * parts + part];
+      carries[r * parts + part] = before;
+      before = F::step(before, own);
+    }
+  }
+  parallel_for(par, a.outer * parts, [&](int64_t task) {
+    const int64_t r = task / parts, part = task % parts;
+    run<F, T, kReverse>(x + r * a.n, a.n, part * size, end_of(part), carries[task], out + r * a.n);
+  });
+}
+
+template <class F, class T, bool kReverse>
+void along_columns(const CumulativeArgs& a, const Parallel& par) {
+  typedef typename F::Carry Carry;
+  const int64_t tiles = (a.inner + kColumns - 1) / kColumns;
+  parallel_for(par, a.outer * tiles, [&](int64_t task) {
+    const int64_t block = task / tiles, first = task % tiles * kColumns;
+    const int64_t width = a.inner - first < kColumns ? a.inner - first : kColumns;
+    const auto* x = static_cast<const T*>(a.x) + block * a.n * a.inner + first;
+    auto* out = static_cast<T*>(a.out) + block * a.n * a.inner + first;
+    Carry carry[kColumns];
+    for (auto& c : carry) c = (Carry)F::kNeutral;
+    for (int64_t i = 0; i < a.n; i++) {
+      const int64_t at = (kReverse ? a.n - 1 - i : i) * a.inner;
+      if (width == kColumns)  // a constant bound: whole registers
+        for (int64_t c = 0; c < kColumns; c++) {
+          carry[c] = F::step(carry[c], (Carry)widened(x[at + c]));
+          put(out + at + c, (float)carry[c]);
+        }
+      else
+        for (int64_t c = 0; c < width; c++) {
+          carry[c] = F::step(carry[c], (Carry)widened(x[at + c]));
+          put(out + at + c, (float)carry[c]);
+        }
+    }
+  });
+}
+
+template <class F, class T>
+void of_type(const CumulativeArgs& a, const Parallel& par) {
+  if (a.inner == 1) return a.reverse ? along_rows<F, T, true>(a, par) : along_rows<F, T, false>(a, par);
+  a.reverse ? along_columns<F, T, true>(a, par) : along_columns<F, T, false>(a, par);
+}
+
+template <class F>
+void of_kind(const CumulativeArgs& a, const Parallel& par) {
+  a.bf16 ? of_type<F, bf16>(a, par) : of_type<F, float>(a, par);
+}
+
+}  // namespace
+
+void cumulative(const CumulativeArgs& a, const Parallel& par) {
+  switch (a.kind) {
+    case CumulativeKind::sum: return of_kind<Sum>(a, par);
+    case CumulativeKind::prod: return of_kind<Product>(a, par);
+    case CumulativeKind::max: return of_kind<Max>(a, par);
+    case CumulativeKind::min: return of_kind<Min>(a, par);
+  }
+}
+
+}  // namespace jaxext::JAXEXT_ISA
+#endif
+
+#ifdef JAXEXT_HANDLER
+#include "ffi.h"
+
+JAXEXT_DECLARE(cumulative, CumulativeArgs)
+
+namespace jaxext {
+namespace {
+
+ffi::Error cumulative_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out, int64_t axis,
+                              int64_t kind, bool reverse) {
+  const auto dims = x.dimensions(), shape = out->dimensions();
+  axis += dims.size();
+  if (!is_float(x.element_type())) return bad_argument("cumulative", "x", "an array of float32 or bfloat16");
+  if (axis < 0 || axis >= (int64_t)dims.size())
+    return bad_argument("cumulative", "axis", "counted from the end, one of x's, x being " + shape_text(dims));
+  bool fits = shape.size() == dims.size() && out->element_type() == x.element_type();
+  for (size_t d = 0; fits && d < dims.size(); d++) fits = shape[d] == dims[d];
+  if (!fits) return bad_argument("cumulative", "out", "of x's shape and type, x being " + shape_text(dims));
+  if (kind < 0 || kind > 3) return bad_argument("cumulative", "kind", "0 (sum), 1 (prod), 2 (max) or 3 (min)");
+  CumulativeArgs a{x.untyped_data(),
+                   out->untyped_data(),
+                   product(dims, 0, axis),
+                   dims[axis],
+                   product(dims, axis + 1, dims.size()),
+                   static_cast<CumulativeKind>(kind),
+                   x.element_type() == ffi::DataType::BF16,
+                   reverse};
+  if (a.outer > 0 && a.n > 0 && a.inner > 0) JAXEXT_DISPATCH(cumulative)(a, parallel(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxext
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_cumulative, jaxext::cumulative_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("axis")
+                                  .Attr<int64_t>("kind")
+                                  .Attr<bool>("reverse"));
+#endif  // JAXEXT_HANDLER

@@ -1,0 +1,226 @@
+// A stable sort by least significant digit first (radix sort), in JAX's order: -0 equal to +0, all NaNs equal and last.
+// Elements keep their bits; only the digit is taken from the key that has this order.
+#include "cpu/sort.h"
+
+#ifdef JAXEXT_KERNEL
+#include <cstring>
+
+namespace jaxext::JAXEXT_ISA {
+namespace {
+
+constexpr int64_t kInserted = 24;           // up to this length by insertion
+constexpr int64_t kTaskElements = 1 << 13;  // of a task, at least
+
+// kInfinity: the bits of infinity for floats, whose T is signed; 0 for integers. Below kNormal a float counts as zero:
+// XLA's threads read denormals as that.
+template <class T, int32_t kInfinity, int32_t kNormal = 0>
+struct Keyed {
+  typedef T Element;
+  static constexpr int kBits = 8 * sizeof(T);
+  // An unsigned number of T's width whose order is the elements'.
+  static JAXEXT_INLINE uint32_t key(T raw) {
+    constexpr uint32_t sign = 1u << (kBits - 1);
+    const int32_t x = (int32_t)raw;
+    if constexpr (kInfinity != 0) {
+      const int32_t size = x & (int32_t)(sign - 1);
+      if (size > kInfinity) return 2 * sign - 1;
+      if (size < kNormal) return sign;
+      return (uint32_t)(x < 0 ? -size : size) + sign;
+    }
+    constexpr bool is_signed = (T)-1 < 0;
+    return ((uint32_t)x & (2 * sign - 1)) ^ (is_signed ? sign : 0u);
+  }
+};
+
+// An element alone, or with its place.
+template <class T>
+struct Plain {
+  T value;
+};
+template <class T>
+struct Placed {
+  T value;
+  int32_t place;
+};
+
+template <class K, class E>
+void insertion(E* x, int64_t n) {
+  for (int64_t i = 1; i < n; i++) {
+    const E moving = x[i];
+    const uint32_t key = K::key(moving.value);
+    int64_t j = i;
+    for (; j > 0 && K::key(x[j - 1].value) > key; j--) x[j] = x[j - 1];
+    x[j] = moving;
+  }
+}
+
+// Sorts x[0, n) with `other` as room; returns whichever of the two has the result.
+template <class K, class E, int kDigit>
+E* radix(E* x, E* other, int64_t n) {
+  constexpr int kPasses = (K::kBits + kDigit - 1) / kDigit, kSize = 1 << kDigit;
+  uint32_t count[kPasses][kSize];
+  memset(count, 0, sizeof count);
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t key = K::key(x[i].value);
+    JAXEXT_UNROLL for (int p = 0; p < kPasses; p++) count[p][(key >> (p * kDigit)) & (kSize - 1)]++;
+  }
+  for (int p = 0; p < kPasses; p++) {
+    const int shift = p * kDigit;
+    // A digit that all elements share moves nothing: small integers, or floats of one sign and size.
+    if (count[p][(K::key(x[0].value) >> shift) & (kSize - 1)] == (uint32_t)n) continue;
+    uint32_t before = 0;
+    for (int d = 0; d < kSize; d++) {
+      const uint32_t own = count[p][d];
+      count[p][d] = before;
+      before += own;
+    }
+    for (int64_t i = 0; i < n; i++) other[count[p][(K::key(x[i].value) >> shift) & (kSize - 1)]++] = x[i];
+    E* const swapped = x;
+    x = other;
+    other = swapped;
+  }
+  return x;
+}
+
+template <class K, class E>
+E* sorted(E* x, E* other, int64_t n) {
+  if (n <= kInserted) return insertion<K>(x, n), x;
+  // Wide digits mean fewer passes, and counters that cost more than a short row.
+  if (K::kBits > 16 && n >= 4096) return radix<K, E, 11>(x, other, n);
+  return radix<K, E, 8>(x, other, n);
+}
+
+template <class U, class E>
+JAXEXT_INLINE void gather(const SortFollower& f, int64_t first, const E* x, int64_t n) {
+  const U* from = static_cast<const U*>(f.x) + first;
+  U* out = static_cast<U*>(f.out) + first;
+  for (int64_t i = 0; i < n; i++) out[i] = from[x[i].place];
+}
+
+template <class E>
+void follow(const SortFollower& f, int64_t first, const E* x, int64_t n) {
+  switch (f.bytes) {
+    case 1: return gather<uint8_t>(f, first, x, n);
+    case 2: return gather<uint16_t>(f, first, x, n);
+    case 4: return gather<uint32_t>(f, first, x, n);
+    default: return gather<uint64_t>(f, first, x, n);
+  }
+}
+
+template <class K>
+void rows(const SortArgs& a, const Parallel& par) {
+  typedef typename K::Element T;
+  const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
+  parallel_for(par, (a.rows + per_task - 1) / per_task, [&](int64_t task) {
+    const int64_t end = (task + 1) * per_task < a.rows ? (task + 1) * per_task : a.rows;
+    const size_t element = a.n_followers ? sizeof(Placed<T>) : sizeof(Plain<T>);
+    auto* room = static_cast<char*>(thread_arena(2 * (a.n * element + 64)));
+    auto* other = room + (a.n * element + 63) / 64 * 64;
+    for (int64_t r = task * per_task; r < end; r++) {
+      const T* keys = static_cast<const T*>(a.keys) + r * a.n;
+      T* out = static_cast<T*>(a.sorted) + r * a.n;
+      if (a.n_followers == 0) {
+        memcpy(room, keys, a.n * sizeof(T));
+        memcpy(out, sorted<K>(reinterpret_cast<Plain<T>*>(room), reinterpret_cast<Plain<T>*>(other), a.n),
+               a.n * sizeof(T));
+        continue;
+      }
+      auto* x = reinterpret_cast<Placed<T>*>(room);
+      for (int64_t i = 0; i < a.n; i++) x[i] = {keys[i], (int32_t)i};
+      x = sorted<K>(x, reinterpret_cast<Placed<T>*>(other), a.n);
+      for (int64_t i = 0; i < a.n; i++) out[i] = x[i].value;
+      for (int f = 0; f < a.n_followers; f++) follow(a.followers[f], r * a.n, x, a.n);
+    }
+  });
+}
+
+}  // namespace
+
+void sort(const SortArgs& a, const Parallel& par) {
+  switch (a.type) {
+    case SortType::f32: return rows<Keyed<int32_t, 0x7f800000, 0x00800000>>(a, par);
+    case SortType::bf16: return rows<Keyed<int16_t, 0x7f80, 0x0080>>(a, par);
+    case SortType::f16: return rows<Keyed<int16_t, 0x7c00>>(a, par);
+    case SortType::i8: return rows<Keyed<int8_t, 0>>(a, par);
+    case SortType::i16: return rows<Keyed<int16_t, 0>>(a, par);
+    case SortType::i32: return rows<Keyed<int32_t, 0>>(a, par);
+    case SortType::u8: return rows<Keyed<uint8_t, 0>>(a, par);
+    case SortType::u16: return rows<Keyed<uint16_t, 0>>(a, par);
+    case SortType::u32: return rows<Keyed<uint32_t, 0>>(a, par);
+  }
+}
+
+}  // namespace jaxext::JAXEXT_ISA
+#endif
+
+#ifdef JAXEXT_HANDLER
+#include "ffi.h"
+
+JAXEXT_DECLARE(sort, SortArgs)
+
+namespace jaxext {
+namespace {
+
+bool sort_type(ffi::DataType type, SortType& found) {
+  switch (type) {
+    case ffi::DataType::F32: found = SortType::f32; return true;
+    case ffi::DataType::BF16: found = SortType::bf16; return true;
+    case ffi::DataType::F16: found = SortType::f16; return true;
+    case ffi::DataType::S8: found = SortType::i8; return true;
+    case ffi::DataType::S16: found = SortType::i16; return true;
+    case ffi::DataType::S32: found = SortType::i32; return true;
+    case ffi::DataType::U8: found = SortType::u8; return true;
+    case ffi::DataType::U16: found = SortType::u16; return true;
+    case ffi::DataType::U32: found = SortType::u32; return true;
+    default: return false;
+  }
+}
+
+bool same_shape(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
+  bool same = a.size() == b.size();
+  for (size_t d = 0; same && d < a.size(); d++) same = a[d] == b[d];
+  return same;
+}
+
+ffi::Error sort_handler(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::RemainingArgs others,
+                        ffi::Result<ffi::AnyBuffer> sorted, ffi::RemainingRets outs) {
+  const auto dims = keys.dimensions();
+  SortArgs a{};
+  if (dims.size() < 1 || !sort_type(keys.element_type(), a.type))
+    return bad_argument("sort", "keys", "an array of rank 1 or more of floats or integers of at most 32 bits");
+  if (sorted->element_type() != keys.element_type() || !same_shape(sorted->dimensions(), dims))
+    return bad_argument("sort", "sorted", "of the keys' type and shape, " + shape_text(dims));
+  if (others.size() > kMostFollowers || outs.size() != others.size())
+    return bad_argument("sort", "others", "at most 8 arrays, with as many results");
+  a.keys = keys.untyped_data();
+  a.sorted = sorted->untyped_data();
+  a.n_followers = static_cast<int>(others.size());
+  for (int f = 0; f < a.n_followers; f++) {
+    auto x = others.get<ffi::AnyBuffer>(f);
+    auto out = outs.get<ffi::AnyBuffer>(f);
+    if (!x.has_value() || !out.has_value() || !same_shape(x->dimensions(), dims) ||
+        !same_shape((*out)->dimensions(), dims) || x->element_type() != (*out)->element_type())
+      return bad_argument("sort", "others", "of the keys' shape, " + shape_text(dims) + ", as their results");
+    a.followers[f] = {x->untyped_data(), (*out)->untyped_data(), static_cast<int>(ffi::ByteWidth(x->element_type()))};
+    const int bytes = a.followers[f].bytes;
+    if (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8)
+      return bad_argument("sort", "others", "of elements of 1, 2, 4 or 8 bytes");
+  }
+  a.rows = product(dims, 0, dims.size() - 1);
+  a.n = dims[dims.size() - 1];
+  if (a.n > INT32_MAX) return bad_argument("sort", "keys", "of a last dimension below 2^31");
+  if (a.rows > 0 && a.n > 0) JAXEXT_DISPATCH(sort)(a, parallel(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxext
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_sort, jaxext::sort_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .RemainingRets());
+#endif  // JAXEXT_HANDLER

@@ -1,0 +1,98 @@
+"""Convolutions that XLA computes slowly, written another way: as exact as stock JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxext
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def arrays(*shapes, dtype="float32"):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def assert_replaced(function, detail, *args, times=1):
+    """Written as `detail` says, `times`; errors against float64 at most twice stock's and four roundings."""
+    report = jaxext.explain(function)(*args).to_dict()["replaced"]
+    assert [entry["detail"] for entry in report if entry["kernel"] == "convolution"] == [detail] * times
+    ours, stock = jaxext.accelerate(function)(*args), jax.jit(function)(*args)
+    with jax.enable_x64(True):
+        exact = jax.jit(function)(*(np.asarray(x, np.float64) for x in args))
+    for mine, theirs, true in zip(*map(jax.tree.leaves, (ours, stock, exact)), strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        error, allowed = (np.abs(np.asarray(x, np.float64) - np.asarray(true)).max() for x in (mine, theirs))
+        assert error <= 2 * allowed + 4 * float(jnp.finfo(mine.dtype).eps) * np.abs(true).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(2, 2), (2, 1)]])
+@pytest.mark.parametrize("strides", [(2, 2), (2, 3)])
+def test_the_kernels_gradient_of_a_transposed_convolution(strides, padding, dtype):
+    x, w = arrays((4, 9, 8, 32), (4, 5, 32, 48), dtype=dtype)
+
+    def forward(w):
+        return jax.lax.conv_transpose(x.astype(w.dtype), w, strides, padding, dimension_numbers=NHWC)
+
+    (cotangent,) = arrays(forward(w).shape, dtype=dtype)
+    assert_replaced(lambda w, c: jax.vjp(forward, w)[1](c)[0], "operands exchanged", w, cotangent)
+
+
+@pytest.mark.parametrize(
+    ("image", "window", "stride", "padding", "dilation"),
+    [
+        ((2, 2), (3, 3), 1, "SAME", 1),
+        ((2, 2), (3, 3), 2, "SAME", 1),
+        ((1, 1), (3, 3), 1, "SAME", 1),
+        ((2, 3), (5, 5), 1, [(2, 2), (1, 3)], 1),
+        ((2, 2), (3, 3), 1, "SAME", 2),
+        ((3, 2), (3, 3), 1, [(2, 1), (1, 1)], 1),
+    ],
+)
+def test_a_window_larger_than_the_image(image, window, stride, padding, dilation):
+    x, w = arrays((32, *image, 128), (*window, 128, 160))
+
+    def forward(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (stride,) * 2, padding, rhs_dilation=(dilation,) * 2, dimension_numbers=NHWC
+        )
+
+    assert_replaced(forward, "patches and products", x, w)
+
+
+def test_its_input_gradient_and_another_layout():
+    x, w = arrays((32, 128, 2, 2), (160, 128, 3, 3))
+    forward = lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME")  # noqa: E731
+    assert_replaced(forward, "patches and products", x, w)
+    (cotangent,) = arrays((32, 160, 2, 2))
+
+    def input_gradient(x, c):
+        return jax.linear_transpose(lambda x: forward(x, w.astype(x.dtype)), x)(c)[0]
+
+    assert_replaced(input_gradient, "patches and products", x, cotangent)
+
+
+def test_one_dimension():
+    x, w = arrays((64, 2, 256), (3, 256, 128))
+    forward = lambda x, w: jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # noqa: E731
+    assert_replaced(forward, "patches and products", x, w)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "options"),
+    [
+        ((4, 16, 16, 32), (3, 3, 32, 32), {}),
+        ((32, 2, 2, 128), (3, 3, 64, 128), {"feature_group_count": 2}),
+        ((1, 2, 2, 4), (3, 3, 4, 4), {}),
+        ((9, 64, 64, 16), (9, 128, 128, 16), {"lhs_dilation": (2, 2), "padding": [(1, 1), (1, 1)]}),
+    ],
+    ids=["an ordinary one", "groups", "a small one", "a gradient of few features"],
+)
+def test_others_stay_with_stock(x, w, options):
+    numbers = NHWC if "lhs_dilation" not in options else ("CHWN", "IHWO", "HWNC")
+    options = {"padding": "SAME"} | options
+    function = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), dimension_numbers=numbers, **options)  # noqa: E731
+    assert not jaxext.explain(function)(*arrays(x, w)).to_dict()["replaced"]
