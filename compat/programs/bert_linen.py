@@ -1,9 +1,11 @@
 """A BERT-like masked language model in flax.linen: padded rows, dropout, tied embeddings, clipped AdamW on a schedule.
 
-Run it with `python bert_linen.py --steps 10`.
+Run it with `python bert_linen.py --steps 10`; sizes can also come from BERT_LAYERS, BERT_WIDTH, BERT_HEADS,
+BERT_SEQUENCE and BERT_BATCH.
 """
 
 import argparse
+import os
 import time
 
 import flax.linen as nn
@@ -76,12 +78,15 @@ def batches(options):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"BERT_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=setting("LAYERS", 4))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 256))
+    parser.add_argument("--heads", type=int, default=setting("HEADS", 4))
+    parser.add_argument("--sequence", type=int, default=setting("SEQUENCE", 256))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 4))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

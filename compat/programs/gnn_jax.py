@@ -1,11 +1,12 @@
 """A message-passing graph network in plain JAX: messages of sums and maxima over random edges, layer norm, Adam.
 
 Nodes lie in a square; an edge goes to a random one of the nearby nodes; a node's class is its quarter of the square.
-Run it with `python gnn_jax.py --steps 10`.
+Run it with `python gnn_jax.py --steps 10`; sizes can also come from GNN_NODES, GNN_EDGES, GNN_WIDTH and GNN_LAYERS.
 """
 
 import argparse
 import functools
+import os
 import time
 
 import jax
@@ -86,11 +87,14 @@ def make_graph(nodes, edges, features, seed):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"GNN_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=10_000)
-    parser.add_argument("--edges", type=int, default=100_000)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--nodes", type=int, default=setting("NODES", 10_000))
+    parser.add_argument("--edges", type=int, default=setting("EDGES", 100_000))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 64))
+    parser.add_argument("--layers", type=int, default=setting("LAYERS", 3))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

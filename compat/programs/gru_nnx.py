@@ -1,9 +1,11 @@
 """A GRU language model in flax.nnx over bytes.
 
-Run it with `python gru_nnx.py --steps 10`.
+Run it with `python gru_nnx.py --steps 10`; sizes can also come from GRU_LAYERS, GRU_WIDTH, GRU_SEQUENCE and
+GRU_BATCH.
 """
 
 import argparse
+import os
 import time
 
 import jax.numpy as jnp
@@ -39,11 +41,14 @@ def train_step(model, optimizer, batch):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"GRU_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--sequence", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=setting("LAYERS", 2))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 256))
+    parser.add_argument("--sequence", type=int, default=setting("SEQUENCE", 64))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 16))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

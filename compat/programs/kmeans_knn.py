@@ -1,10 +1,12 @@
 """k-means and k nearest neighbours in plain JAX: distances by a product, argmin, segment sums, top_k.
 
 A step moves the centroids (Lloyd) and classifies queries by their ten nearest points. The loss is the mean squared
-distance to the nearest centroid. Run it with `python kmeans_knn.py --steps 10`.
+distance to the nearest centroid. Run it with `python kmeans_knn.py --steps 10`; sizes can also come from
+KMEANS_POINTS, KMEANS_QUERIES, KMEANS_SIZE and KMEANS_CLUSTERS.
 """
 
 import argparse
+import os
 import time
 
 import jax
@@ -40,11 +42,14 @@ def blobs(count, size, seed):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"KMEANS_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=20_000)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--clusters", type=int, default=256)
+    parser.add_argument("--points", type=int, default=setting("POINTS", 20_000))
+    parser.add_argument("--queries", type=int, default=setting("QUERIES", 1000))
+    parser.add_argument("--size", type=int, default=setting("SIZE", 64))
+    parser.add_argument("--clusters", type=int, default=setting("CLUSTERS", 256))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -53,7 +58,8 @@ def parse_arguments(argv=None):
 def build(options):
     """Centroids, points, their classes, and queries."""
     points, classes = blobs(options.points + options.queries, options.size, options.seed)
-    return points[: options.clusters], points[options.queries :], classes[options.queries :], points[: options.queries]
+    queries, points, classes = points[: options.queries], points[options.queries :], classes[options.queries :]
+    return points[: options.clusters], points, classes, queries
 
 
 def factory():

@@ -1,9 +1,11 @@
 """A two-layer LSTM language model in flax.linen over bytes, with clipped Adam.
 
-Run it with `python lstm_linen.py --steps 10`.
+Run it with `python lstm_linen.py --steps 10`; sizes can also come from LSTM_LAYERS, LSTM_WIDTH, LSTM_SEQUENCE and
+LSTM_BATCH.
 """
 
 import argparse
+import os
 import time
 
 import flax.linen as nn
@@ -39,11 +41,14 @@ def train_step(state, batch):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"LSTM_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--sequence", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=setting("LAYERS", 2))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 256))
+    parser.add_argument("--sequence", type=int, default=setting("SEQUENCE", 64))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 16))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -1,10 +1,11 @@
 """A small perceptron for tabular regression in plain JAX: what a step costs here is mostly starting it.
 
-Run it with `python mlp_small.py --steps 10`.
+Run it with `python mlp_small.py --steps 10`; sizes can also come from MLP_FEATURES, MLP_WIDTH and MLP_BATCH.
 """
 
 import argparse
 import functools
+import os
 import time
 
 import jax
@@ -47,10 +48,13 @@ def table(batch, features, seed):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"MLP_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=int, default=16)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--features", type=int, default=setting("FEATURES", 16))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 64))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 32))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -66,8 +70,9 @@ def build(options):
 def factory():
     """The train step and its arguments: parameters, optimizer state, x and y."""
     options = parse_arguments([])
+    step, params, opt_state = build(options)
     x, y = next(table(options.batch, options.features, options.seed))
-    return *build(options)[:1], (*build(options)[1:], jnp.asarray(x), jnp.asarray(y))
+    return step, (params, opt_state, jnp.asarray(x), jnp.asarray(y))
 
 
 def main():

@@ -1,10 +1,12 @@
 """A mixture-of-experts language model in flax.linen: two of eight experts a token, by capacity, in bfloat16.
 
 Tokens are sorted by expert, gathered, and scattered back (as in MegaBlocks and MaxText); a loss keeps the experts
-balanced (Switch Transformer). Run it with `python moe_linen.py --steps 10`.
+balanced (Switch Transformer). Run it with `python moe_linen.py --steps 10`; sizes can also come from MOE_LAYERS,
+MOE_WIDTH, MOE_HEADS, MOE_EXPERTS, MOE_SEQUENCE, MOE_BATCH and MOE_DTYPE.
 """
 
 import argparse
+import os
 import time
 
 import flax.linen as nn
@@ -81,14 +83,17 @@ def train_step(state, batch):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"MOE_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--layers", type=int, default=setting("LAYERS", 2))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 256))
+    parser.add_argument("--heads", type=int, default=setting("HEADS", 4))
+    parser.add_argument("--experts", type=int, default=setting("EXPERTS", 8))
+    parser.add_argument("--sequence", type=int, default=setting("SEQUENCE", 512))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 2))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=setting("DTYPE", "bfloat16"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -1,12 +1,13 @@
 """Particle Metropolis-Hastings for a stochastic volatility model: a bootstrap filter a step, in plain JAX.
 
-A step proposes parameters, runs the filter (systematic resampling, medians of the particles) over the whole series and
-accepts or rejects. The loss is the accepted negative log-likelihood. Run it with
-`python particle_filter.py --steps 10`.
+A step proposes parameters, runs the filter (systematic resampling, medians of the particles) over the whole series
+and accepts or rejects. The loss is the accepted negative log-likelihood. Run it with
+`python particle_filter.py --steps 10`; sizes can also come from PARTICLE_PARTICLES and PARTICLE_TIMES.
 """
 
 import argparse
 import functools
+import os
 import time
 
 import jax
@@ -71,9 +72,12 @@ def returns(times, seed):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"PARTICLE_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--particles", type=int, default=100_000)
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--particles", type=int, default=setting("PARTICLES", 100_000))
+    parser.add_argument("--times", type=int, default=setting("TIMES", 20))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

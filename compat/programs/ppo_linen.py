@@ -1,9 +1,11 @@
 """Proximal policy optimisation in flax.linen: cart-pole written in JAX, rollouts and update in one jitted step.
 
-Run it with `python ppo_linen.py --steps 10`.
+Run it with `python ppo_linen.py --steps 10`; sizes can also come from PPO_ENVS, PPO_LENGTH, PPO_EPOCHS and
+PPO_MINIBATCHES.
 """
 
 import argparse
+import os
 import time
 
 import flax.linen as nn
@@ -103,11 +105,14 @@ def make_train_step(options):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"PPO_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--envs", type=int, default=256)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--envs", type=int, default=setting("ENVS", 256))
+    parser.add_argument("--length", type=int, default=setting("LENGTH", 64))
+    parser.add_argument("--epochs", type=int, default=setting("EPOCHS", 4))
+    parser.add_argument("--minibatches", type=int, default=setting("MINIBATCHES", 4))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -1,10 +1,12 @@
 """A recommender in plain JAX (DLRM): hashed categories in one large embedding table, pairwise interactions, AdaGrad.
 
-Clicks follow a hidden linear rule over popular (Zipf) categories. Run it with `python recommender_jax.py --steps 10`.
+Clicks follow a hidden linear rule over popular (Zipf) categories. Run it with `python recommender_jax.py --steps 10`;
+sizes can also come from RECOMMENDER_ROWS, RECOMMENDER_SIZE and RECOMMENDER_BATCH.
 """
 
 import argparse
 import functools
+import os
 import time
 
 import jax
@@ -78,10 +80,13 @@ def clicks(batch, rows, seed):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"RECOMMENDER_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000, help="of each category's table")
-    parser.add_argument("--size", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=setting("ROWS", 20_000), help="of each category's table")
+    parser.add_argument("--size", type=int, default=setting("SIZE", 16))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 2048))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -97,7 +102,7 @@ def factory():
     """The train step and its arguments: parameters, optimizer state and one batch."""
     options = parse_arguments([])
     step, params, opt_state = build(options)
-    return step, (params, opt_state, jax.tree.map(jnp.asarray, next(clicks(options.batch, options.rows, 0))))
+    return step, (params, opt_state, jax.tree.map(jnp.asarray, next(clicks(options.batch, options.rows, options.seed))))
 
 
 def main():

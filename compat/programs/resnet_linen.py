@@ -1,10 +1,12 @@
 """A ResNet in flax.linen with batch normalisation, momentum SGD and weight decay, on noisy gratings of ten classes.
 
-Run it with `python resnet_linen.py --steps 10`.
+Run it with `python resnet_linen.py --steps 10`; sizes can also come from RESNET_BLOCKS, RESNET_WIDTH, RESNET_IMAGE
+and RESNET_BATCH.
 """
 
 import argparse
 import functools
+import os
 import time
 from typing import Any
 
@@ -63,11 +65,14 @@ def train_step(state, images, labels):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"RESNET_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--image", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=setting("BLOCKS", 2))
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 64))
+    parser.add_argument("--image", type=int, default=setting("IMAGE", 64))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 8))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

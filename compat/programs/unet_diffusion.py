@@ -1,10 +1,11 @@
 """A denoising diffusion model (DDPM) in flax.nnx: a U-Net with group norm, transposed convolutions and attention.
 
 The step draws times and noise itself and keeps an average of the parameters. Pictures are noisy gratings. Run it with
-`python unet_diffusion.py --steps 10`.
+`python unet_diffusion.py --steps 10`; sizes can also come from UNET_WIDTH, UNET_IMAGE and UNET_BATCH.
 """
 
 import argparse
+import os
 import time
 
 import jax
@@ -82,10 +83,13 @@ def train_step(model, optimizer, average, key, images):
 
 
 def parse_arguments(argv=None):
+    def setting(name, default):
+        return type(default)(os.environ.get(f"UNET_{name}", default))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--image", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--width", type=int, default=setting("WIDTH", 64))
+    parser.add_argument("--image", type=int, default=setting("IMAGE", 32))
+    parser.add_argument("--batch", type=int, default=setting("BATCH", 8))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -20,7 +20,7 @@ __all__ = ["ARG_REDUCE", "arg_reduce_gains"]
 
 _NATIVE = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 
-# Below, starting the call costs what it gains. Measured in tests/bench/bench_arg_reduce.py.
+# Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
 LEAST_ELEMENTS = 1 << 13
 LEAST_AXIS = 8
 

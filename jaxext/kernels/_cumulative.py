@@ -20,7 +20,7 @@ __all__ = ["CUMULATIVE", "KINDS", "cumulative_gains"]
 _NATIVE = ("float32", "bfloat16")
 KINDS = ("cumsum", "cumprod", "cummax", "cummin")
 
-# Below, starting the call costs what it gains. Measured in tests/bench/bench_cumulative.py.
+# Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
 LEAST_ELEMENTS = 1 << 12
 LEAST_AXIS = 8
 

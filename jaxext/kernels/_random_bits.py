@@ -19,7 +19,7 @@ __all__ = ["RANDOM_BITS", "random_bits_gains"]
 
 _WIDTHS = (8, 16, 32)
 
-# Below, starting the call costs what it gains. Measured in tests/bench/bench_random_bits.py.
+# Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
 LEAST_ELEMENTS = 1 << 8
 
 

@@ -21,7 +21,7 @@ _KEYS = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "u
 _FOLLOWERS = (*_KEYS, "bool", "float64", "int64", "uint64", "complex64")
 _MOST_FOLLOWERS = 8
 
-# Below, starting the call costs what it gains. Measured in tests/bench/bench_sort.py.
+# Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
 LEAST_ELEMENTS = 1 << 10
 LEAST_ROW = 16
 

@@ -18,9 +18,9 @@ import numpy as np
 from ... import _jax_compat as compat
 from ..exchange import Exchange, Expression
 
-# Below, both take so little that starting them counts. Measured in tests/bench/bench_convolution.py.
+# Below, both take so little that starting them counts. Measured in tests/bench/bench_primitives.py.
 LEAST_OPERATIONS = 1 << 22
-LEAST_KERNEL, LEAST_FEATURES = 1 << 11, 16
+LEAST_KERNEL, LEAST_FEATURES = 1 << 13, 16
 MOST_TAPS = 49  # of a window that becomes patches: each is a slice of the program
 
 

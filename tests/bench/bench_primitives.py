@@ -1,0 +1,95 @@
+"""Single primitives against stock JAX: sort, argmax, running sums, random bits, convolutions, small and large.
+
+    python tests/bench/bench_primitives.py
+
+Prints milliseconds, the ratio stock / jaxext, and whether jaxext's rule takes the shape.
+"""
+
+import interleaved  # first: memory reuse precedes JAX's threads
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxext
+from jaxext.kernels._arg_reduce import ARG_REDUCE, arg_reduce_gains
+from jaxext.kernels._cumulative import CUMULATIVE, cumulative_gains
+from jaxext.kernels._random_bits import RANDOM_BITS, random_bits_gains
+from jaxext.kernels._sort import SORT, sort_gains
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def report(name, native, stock, taken, *args):
+    # Only the outermost jitted function is exchanged in.
+    native, stock = native if hasattr(native, "lower") else jax.jit(native), jax.jit(stock)
+    t = interleaved.medians({"jaxext": lambda: native(*args), "stock": lambda: stock(*args)}, repeats=15)
+    left = "" if taken else "  left to stock"
+    times = f"{t['stock'] * 1e3:9.3f} / {t['jaxext'] * 1e3:8.3f} ms = {t['stock'] / t['jaxext']:6.2f}x"
+    print(f"{name:42} {times}{left}", flush=True)
+
+
+def array(shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 1000).astype(dtype)
+
+
+def sorts():
+    for shape in ((1, 64), (16, 64), (4096, 16), (1024, 1024), (1, 1024), (1, 16384), (1, 1 << 20)):
+        for dtype in ("float32", "bfloat16"):
+            x = array(shape, dtype)
+            places = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+            report(f"sort {shape} {dtype}", SORT, lambda x: jnp.sort(x), sort_gains(x), x)
+            stock = lambda x, p: jax.lax.sort((x, p), num_keys=1)  # noqa: E731
+            report(f"argsort {shape} {dtype}", SORT, stock, sort_gains(x), x, places)
+
+
+def arg_reductions():
+    for shape, axis in (((8, 64), -1), ((128, 64), -1), ((1024, 8), -1), ((2048, 32000), -1), ((20000, 256), -1),
+                        ((256, 8192), -2), ((1, 1 << 20), -1)):  # fmt: skip
+        for dtype in ("float32", "bfloat16"):
+            x = array(shape, dtype)
+            native = lambda x, axis=axis: ARG_REDUCE(x, axis=axis, largest=True)  # noqa: E731
+            stock = lambda x, axis=axis: jnp.argmax(x, axis)  # noqa: E731
+            report(f"argmax {shape} axis {axis} {dtype}", native, stock, arg_reduce_gains(x, axis), x)
+
+
+def running_sums():
+    for shape, axis in (((1, 512), -1), ((8, 512), -1), ((512, 8), -1), ((4096, 4096), -1), ((4096, 4096), -2),
+                        ((1, 100000), -1), ((1, 1 << 20), -1)):  # fmt: skip
+        for dtype in ("float32", "bfloat16"):
+            x = array(shape, dtype)
+            native = lambda x, axis=axis: CUMULATIVE(x, axis=axis, kind="cumsum", reverse=False)  # noqa: E731
+            stock = lambda x, axis=axis: jnp.cumsum(x, axis)  # noqa: E731
+            report(f"cumsum {shape} axis {axis} {dtype}", native, stock, cumulative_gains(x, axis), x)
+
+
+def random_numbers():
+    key = jax.random.key(0)
+    for n in (64, 256, 1024, 16384, 1 << 18, 4 << 20):
+        words = jax.random.key_data(key)
+        native = lambda w, n=n: RANDOM_BITS(w, bit_width=32, shape=(n,))  # noqa: E731
+        stock = lambda w, n=n: RANDOM_BITS.reference(w, bit_width=32, shape=(n,))  # noqa: E731
+        report(f"bits {n}", native, stock, random_bits_gains((), (n,)), words)
+    for name in ("uniform", "normal"):
+        draw = lambda k, name=name: getattr(jax.random, name)(k, (4 << 20,))  # noqa: E731
+        report(f"{name} {4 << 20}", jaxext.accelerate(draw), draw, True, key)
+
+
+def convolutions():
+    for batch, image, c, o, k in ((8, 2, 512, 512, 3), (8, 2, 64, 64, 3), (8, 1, 512, 512, 3), (8, 3, 256, 256, 5)):
+        x, w = array((batch, image, image, c)), array((k, k, c, o))
+        run = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)  # noqa: E731
+        report(f"window {k} on {(batch, image, image, c)} to {o}", jaxext.accelerate(run), run, True, x, w)
+    for batch, image, c, o, k in ((8, 16, 64, 64, 4), (8, 8, 128, 128, 4), (2, 64, 32, 32, 2)):
+        x, w = array((batch, image, image, c)), array((k, k, c, o))
+
+        def forward(w, x):
+            return jax.lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=NHWC)
+
+        gradient = lambda w, x, d, forward=forward: jax.linear_transpose(lambda w: forward(w, x), w)(d)[0]  # noqa: E731
+        name = f"transposed {k} on {(batch, image, image, c)} to {o}, dW"
+        report(name, jaxext.accelerate(gradient), gradient, True, w, x, jnp.ones(jax.eval_shape(forward, w, x).shape))
+
+
+if __name__ == "__main__":
+    for group in (sorts, arg_reductions, running_sums, random_numbers, convolutions):
+        group()
