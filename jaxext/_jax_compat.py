@@ -234,6 +234,13 @@ def with_weak_type(x: Any, aval: Any) -> Any:
     return lax._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
 
 
+def as_array(x: Any, aval: Any) -> Any:
+    """`x`, which may be a number of a jaxpr, as an array or tracer of type `aval`."""
+    if isinstance(x, (jax.Array, Tracer)):
+        return x
+    return with_weak_type(jax.numpy.asarray(x, aval.dtype), aval)
+
+
 def saves(decision: Any) -> bool:
     """True where a checkpoint policy's answer is to keep the value, in memory or offloaded."""
     return decision is True or isinstance(decision, (pe.SaveableType, pe.Offloadable))

@@ -458,3 +458,24 @@ def test_nnx_train_step_with_one_shot_state(remat):
     plain, rewritten, calls = both(run)
     assert_same(plain, rewritten)
     assert calls >= 1
+
+
+@pytest.mark.parametrize("constant", [2, 2.5, True])
+def test_a_constant_result_is_an_array_of_stocks_type(constant):
+    """A function's traced constants are numbers in its jaxpr, and must not reach the user as such."""
+
+    def loss(x):
+        return jnp.sum(x**2), {"array": jnp.array(constant), "full": jnp.full((), constant)}
+
+    x = jnp.arange(3.0)
+    step = jax.value_and_grad(loss, has_aux=True)
+    stock = step(x)
+    jaxext.install(memory="system")
+    try:
+        ours = step(x)
+    finally:
+        jaxext.uninstall()
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(stock), strict=True):
+        assert isinstance(mine, jax.Array)
+        assert (mine.dtype, mine.shape, mine.weak_type) == (theirs.dtype, theirs.shape, theirs.weak_type)
+        np.testing.assert_array_equal(mine, theirs)
