@@ -157,7 +157,7 @@ def test_settings_of_a_process_need_the_command(stand_in):
         ({"repeats": 2}, "repeats=2: expected at least 3"),
         ({"budget": 0}, "budget=0: expected a positive number of seconds"),
         ({"vs": "fast"}, "--vs 'fast': 'fast' is no setting. Expected one of stock, jaxext, exclude=KERNEL"),
-        ({"vs": "exclude=sort"}, "unknown kernel 'sort'. The kernels are attention"),
+        ({"vs": "exclude=sorting"}, "unknown kernel 'sorting'. The kernels are attention"),
     ],
 )
 def test_bad_options_are_named(stand_in, options, message):
