@@ -69,10 +69,10 @@ def _collected(item: suite.Suite, platform: str, cache: Path, compat: Path) -> R
     builds = set()
     for side, file in ((side, file) for side in sides for file in files):
         path = store.path(platform, item.name, side, file)
-        result = store.load(path, {"suite": f"{item.package}=={item.version}"})
-        if result is not None:
-            sides[side][file] = result
-            builds.add(store.key(path).get("jaxext"))
+        found = store.load_with_key(path, {"suite": f"{item.package}=={item.version}"})
+        if found is not None:
+            sides[side][file], key = found
+            builds.add(key.get("jaxext"))
     both = [file for file in files if file in sides[STOCK] and file in sides[JAXEXT]]
     if not both:
         return None

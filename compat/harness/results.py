@@ -63,17 +63,18 @@ class Store:
 
     def load(self, path: Path, key: Mapping[str, Any]) -> FileResult | None:
         """What was recorded, where it was under a key that has all of `key`."""
+        found = self.load_with_key(path, key)
+        return found[0] if found else None
+
+    def load_with_key(self, path: Path, key: Mapping[str, Any]) -> tuple[FileResult, Mapping[str, Any]] | None:
+        """The same, with the whole key under which it was recorded."""
         if not path.exists():
             return None
         data = json.loads(path.read_text())
         if data["key"] | _FORM | dict(key) != data["key"]:
             return None
         tests = {test: TestResult(**result) for test, result in data["tests"].items()}
-        return FileResult(tests, data["collection"], data["at_exit"], data["seconds"])
-
-    def key(self, path: Path) -> Mapping[str, Any]:
-        """The key under which a result was recorded."""
-        return json.loads(path.read_text())["key"]
+        return FileResult(tests, data["collection"], data["at_exit"], data["seconds"]), data["key"]
 
     def save(self, path: Path, key: Mapping[str, Any], result: FileResult) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

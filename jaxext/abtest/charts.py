@@ -269,9 +269,7 @@ def picture(result: Result | ProgramResult) -> bytes:
         figure.suptitle(f"{headline(result)}\n", x=0.012, ha="left", fontsize=17, fontweight="bold", color=colour)
         top = 1 - 0.62 / figure.get_figheight()
         figure.text(0.012, top, f"{result.name}   {evidence(result)[0]}", fontsize=10, color="#52606d")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+        return _png(figure)
 
 
 def png(panel: Panel, title: str) -> bytes:
@@ -283,8 +281,12 @@ def png(panel: Panel, title: str) -> bytes:
         axes = figure.add_subplot()
         panel.draw(axes)
         axes.set_title(title)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -58,8 +58,7 @@ def page(result: Result | ProgramResult) -> str:
         body.append(section("Replacements", "", _replacements(result)))
     if result.parity.leaves:
         body.append(section("Every compared leaf", "Norms of differences, worst first.", _leaf_table(result)))
-    lines = "".join(f"<p>{escape(line)}</p>" for line in report.setting_lines(result))
-    body.append(section("Settings", "", lines + raw(result)))
+    body.append(section("Settings", "", paragraphs(report.setting_lines(result)) + raw(result)))
     return frame(f"jaxext ab {result.name}", body)
 
 
@@ -76,12 +75,22 @@ def frame(title: str, body: Iterable[str]) -> str:
 def _header(result: Result | ProgramResult) -> str:
     state = "bad" if not result.agrees else "warn" if result.ratio < 1 else ""
     failures = "".join(f'<p class="failure">{escape(failure)}</p>' for failure in result.parity.failures)
-    lines = "".join(f"<p>{escape(line)}</p>" for line in report.evidence(result))
-    big = f"{result.ratio:.2f}&times;" if result.agrees else "&ne;"
+    ratio = result.ratio if result.agrees else None
+    return header(state, ratio, result.name, report.headline(result), paragraphs(report.evidence(result)) + failures)
+
+
+def header(state: str, ratio: float | None, name: str, headline: str, content: str) -> str:
+    """The box on top; `state`: "", "warn" or "bad". `ratio` None: the results differ. The content is not escaped."""
+    big = "&ne;" if ratio is None else f"{ratio:.2f}&times;"
     return (
-        f'<header class="{state}"><div class="big">{big}</div><p class="name">{escape(result.name)}</p>'
-        f"<h1>{escape(report.headline(result))}</h1>{lines}{failures}</header>"
+        f'<header class="{state}"><div class="big">{big}</div><p class="name">{escape(name)}</p>'
+        f"<h1>{escape(headline)}</h1>{content}</header>"
     )
+
+
+def paragraphs(lines: Iterable[str]) -> str:
+    """A paragraph a line, escaped."""
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def section(title: str, caption: str, content: str) -> str:

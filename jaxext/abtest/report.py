@@ -207,11 +207,16 @@ def setting_lines(result: AnyResult) -> list[str]:
     if isinstance(result, Result):
         lines[1] = f"{result.wiring}; {lines[1]}"
     if isinstance(result, Result) and result.peaks:
-        lines.append(
-            f"measured peak of this machine: f32 {result.peaks['f32'] / 1e9:.0f} GFLOP/s, "
-            f"bf16 {result.peaks['bf16'] / 1e9:.0f} GFLOP/s, copy {result.peaks['copy'] / 1e9:.0f} GB/s"
-        )
+        lines.append(peak_line(result.peaks))
     return lines + [f"note: {note}" for note in result.notes]
+
+
+def peak_line(peaks: dict[str, float]) -> str:
+    """What machine.peaks measured."""
+    return (
+        f"measured peak of this machine: f32 {peaks['f32'] / 1e9:.0f} GFLOP/s, "
+        f"bf16 {peaks['bf16'] / 1e9:.0f} GFLOP/s, copy {peaks['copy'] / 1e9:.0f} GB/s"
+    )
 
 
 def render(result: Outcome) -> RenderableType:
@@ -240,7 +245,12 @@ def _step_parts(result: Result) -> list[RenderableType]:
 
 def plain_text(result: Outcome) -> str:
     """The same without colour, 120 columns wide."""
-    console = Console(file=io.StringIO(), width=120, color_system=None)
-    console.print(render(result))
+    return printed(render(result), width=120)
+
+
+def printed(rendered: RenderableType, width: int) -> str:
+    """What a terminal of this width and without colour shows."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(rendered)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -144,6 +144,11 @@ class SuiteResult:
 
         return render(self)
 
+    def __str__(self) -> str:
+        from jaxext.abtest.suite_report import plain_text
+
+        return plain_text(self)
+
 
 def read(path: Path, only: tuple[str, ...] = (), tolerance: float | None = None) -> list[Program]:
     """The programs that a suite's file lists as [[program]] tables: name, target, arguments, tolerance.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jaxext.abtest.report import duration, new_table, percent, times
+from jaxext.abtest.report import duration, new_table, peak_line, percent, printed, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,10 +98,7 @@ def setting_lines(result: SuiteResult) -> list[str]:
     facts = ", ".join(f"{key} {value}" for key, value in result.facts.items() if not key.startswith("memory"))
     lines = [f"equal on all sides: {facts}", f"seed {result.seed}; took {duration(result.elapsed)}"]
     if result.peaks:
-        lines.append(
-            f"measured peak of this machine: f32 {result.peaks['f32'] / 1e9:.0f} GFLOP/s, "
-            f"bf16 {result.peaks['bf16'] / 1e9:.0f} GFLOP/s, copy {result.peaks['copy'] / 1e9:.0f} GB/s"
-        )
+        lines.append(peak_line(result.peaks))
     return lines + [f"note: {note}" for note in result.notes]
 
 
@@ -122,10 +118,7 @@ def render(result: SuiteResult) -> RenderableType:
 
 def plain_text(result: SuiteResult) -> str:
     """The same without colour, 140 columns wide."""
-    console = Console(file=io.StringIO(), width=140, color_system=None)
-    console.print(render(result))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return printed(render(result), width=140)
 
 
 def page(result: SuiteResult) -> str:
@@ -134,24 +127,16 @@ def page(result: SuiteResult) -> str:
     Raises:
       ChartsUnavailable: matplotlib is not installed.
     """
-    from html import escape
-
     from jaxext.abtest import charts, html
 
     state = "" if result.agrees and result.complete else "warn" if result.agrees else "bad"
     mean = result.mean("as_run")
-    big = f"{mean.value:.2f}&times;" if mean and result.agrees else "&ne;"
-    lines = "".join(f"<p>{escape(line)}</p>" for line in evidence(result))
-    header = (
-        f'<header class="{state}"><div class="big">{big}</div><p class="name">{escape(result.name)}</p>'
-        f"<h1>{escape(headline(result))}</h1>{lines}</header>"
-    )
-    body = [header]
+    ratio = mean.value if mean and result.agrees else None
+    body = [html.header(state, ratio, result.name, headline(result), html.paragraphs(evidence(result)))]
     if mean:
         body.append(html.section("How much faster", _CAPTION, charts.svg(speed_panel(result))))
     body.append(html.section("Programs", EXPLAINED, html.table(HEADERS, rows(result))))
-    settings = "".join(f"<p>{escape(line)}</p>" for line in setting_lines(result))
-    body.append(html.section("Settings", "", settings + html.raw(result)))
+    body.append(html.section("Settings", "", html.paragraphs(setting_lines(result)) + html.raw(result)))
     return html.frame(f"jaxext ab --suite {result.name}", body)
 
 

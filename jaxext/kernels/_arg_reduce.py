@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._element import ORDERED
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["ARG_REDUCE", "arg_reduce_gains"]
 
-_NATIVE = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 
 # Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
 LEAST_ELEMENTS = 1 << 13
@@ -31,8 +31,8 @@ def _reference(x: jax.Array, *, axis: int, largest: bool) -> Sequence[jax.Array]
 
 
 def _refuses(x: Any, *, axis: int, **_: Any) -> str | None:
-    if x.dtype.name not in _NATIVE:
-        return f"'x' is {x.dtype}; the kernel takes {', '.join(_NATIVE)}"
+    if x.dtype.name not in ORDERED:
+        return f"'x' is {x.dtype}; the kernel takes {', '.join(ORDERED)}"
     if x.shape[axis] >= 2**31:
         return f"'x' has {x.shape[axis]} elements along the axis; the kernel takes fewer than 2**31"
     return None
@@ -45,10 +45,6 @@ def arg_reduce_gains(x: Any, axis: int) -> bool:
 
 def _attributes(*, axis: int, largest: bool) -> Mapping[str, Any]:
     return {"axis": axis, "largest": largest}
-
-
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("full",) * n_operands
 
 
 def _spec(name: str, shape: tuple[int, ...], axis: int, largest: bool, levels: int = 0) -> ArgSpec:
@@ -65,7 +61,6 @@ ARG_REDUCE = Op(
     target="arg_reduce",
     core_rank=lambda *, axis, **_: -axis,
     attributes=_attributes,
-    roles=_roles,
     refuses=_refuses,
     needs_batch=True,
     specs=(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxext.kernels._op import ArgSpec, Op, Role, derive
+from jaxext.kernels._op import ArgSpec, Op, derive
 
 __all__ = ["OPS", "OutOfRange", "softmax_cross_entropy", "softmax_cross_entropy_refusal"]
 
@@ -105,16 +105,8 @@ def _label_attributes(*, label_smoothing: float, out_of_range: OutOfRange, **_: 
     return {"label_smoothing": np.float32(label_smoothing), "one_hot": out_of_range == "zero"}
 
 
-def _target_attributes(**_: Any) -> Mapping[str, Any]:
-    return {}
-
-
 def _wanted_attributes(*, wrt: tuple[int, ...], **_: Any) -> Mapping[str, Any]:
     return {"wants_dlogits": 0 in wrt, "wants_dtargets": 1 in wrt}
-
-
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("full",) * n_operands
 
 
 def _logits_and_labels(*shape: int, low: int = 0, high: int | None = None, masked: bool = False) -> Any:
@@ -168,23 +160,23 @@ _TARGET_SPECS = (
 
 LABELS = Op(
     "softmax_cross_entropy", _labels_reference, target="cross_entropy", core_rank=1, attributes=_label_attributes,
-    roles=_roles, refuses=_refuses_labels, check=_check_labels, specs=_LABEL_SPECS,
+    refuses=_refuses_labels, check=_check_labels, specs=_LABEL_SPECS,
 )  # fmt: skip
 LABELS_BACKWARD = Op(
     "softmax_cross_entropy_backward", None, target="cross_entropy_backward", core_rank=1, attributes=_label_attributes,
-    roles=_roles, refuses=_refuses_labels,
+    refuses=_refuses_labels,
 )  # fmt: skip
 TARGETS = Op(
     "target_cross_entropy", _targets_reference, target="target_cross_entropy", core_rank=1,
-    attributes=_target_attributes, roles=_roles, refuses=_refuses, check=_check_targets, specs=_TARGET_SPECS,
+    refuses=_refuses, check=_check_targets, specs=_TARGET_SPECS,
 )  # fmt: skip
 TARGETS_BACKWARD = Op(
     "target_cross_entropy_backward", None, target="target_cross_entropy_backward", core_rank=1,
-    attributes=_wanted_attributes, roles=_roles, refuses=_refuses,
+    attributes=_wanted_attributes, refuses=_refuses,
 )  # fmt: skip
 LABELS_BACKWARD_IN_PLACE = Op(
     "softmax_cross_entropy_backward_in_place", LABELS_BACKWARD.reference, target="cross_entropy_backward", core_rank=1,
-    attributes=_label_attributes, roles=_roles, refuses=_refuses_labels, aliases={0: 0},
+    attributes=_label_attributes, refuses=_refuses_labels, aliases={0: 0},
 )  # fmt: skip
 derive(LABELS, LABELS_BACKWARD, saved=(1,))
 derive(TARGETS, TARGETS_BACKWARD, saved=(1, 2))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["CUMULATIVE", "KINDS", "cumulative_gains"]
 
@@ -44,10 +44,6 @@ def _attributes(*, axis: int, kind: str, reverse: bool) -> Mapping[str, Any]:
     return {"axis": axis, "kind": np.int64(KINDS.index(kind)), "reverse": reverse}
 
 
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("full",) * n_operands
-
-
 def _spec(name: str, shape: tuple[int, ...], axis: int, kind: str, reverse: bool = False) -> ArgSpec:
     def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
         # A product of numbers around 1 neither overflows nor vanishes.
@@ -63,7 +59,6 @@ CUMULATIVE = Op(
     target="cumulative",
     core_rank=lambda *, axis, **_: -axis,
     attributes=_attributes,
-    roles=_roles,
     refuses=_refuses,
     needs_batch=True,
     specs=(

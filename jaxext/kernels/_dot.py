@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,10 +106,6 @@ class _Dot(Op):
         return mlir.lower_fun(lambda *xs: _product(*xs, **params), multiple_results=True)(ctx, *args)
 
 
-def _attributes(**_: Any) -> Mapping[str, Any]:
-    return {}
-
-
 def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
     return ("shared",) * n_operands
 
@@ -127,7 +123,6 @@ DOT = _Dot(
     _reference,
     target="matrix_product",
     core_rank=2,
-    attributes=_attributes,
     roles=_roles,
     refuses=_refuses,
     specs=(

@@ -178,7 +178,7 @@ def _roles(n_operands: int, *, extras: tuple[str, ...], **_: Any) -> tuple[Role,
 def _op(name: str, reference: Any) -> Op:
     """An op without a target of its own: its program is made of XLA's products and the cross-entropy kernel."""
     return Op(
-        name, reference, target="cross_entropy", core_rank=1, attributes=lambda **_: {}, roles=_roles,
+        name, reference, target="cross_entropy", core_rank=1, roles=_roles,
         refuses=lambda *_, **__: "made of matrix products and the cross-entropy kernel",
     )  # fmt: skip
 

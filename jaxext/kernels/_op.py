@@ -63,8 +63,8 @@ class Op:
       reference: (*operands, **params) -> outputs, in plain JAX. None for a backward op, whose reference `derive` makes.
       target: the FFI target without its `jaxext_` prefix.
       core_rank: dimensions of operand 0 that are the op's own, or (**params) -> them; those before are the batch.
-      attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays).
-      roles: (n_operands, **params) -> one Role per operand.
+      attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays); none where not given.
+      roles: (n_operands, **params) -> one Role per operand; "full" for all where not given.
       refuses: (*avals, **params) -> None where the kernel takes the call, else the reason (the reference runs).
       check: (*avals, **params) -> None; raises TypeError or ValueError that names the argument, what was expected and
         the remedy. Run when the op is traced.
@@ -81,8 +81,8 @@ class Op:
         *,
         target: str,
         core_rank: int | Callable[..., int],
-        attributes: Callable[..., Mapping[str, Any]],
-        roles: Callable[..., Sequence[Role]],
+        attributes: Callable[..., Mapping[str, Any]] = lambda **_: {},
+        roles: Callable[..., Sequence[Role]] = lambda n_operands, **_: ("full",) * n_operands,
         refuses: Callable[..., str | None],
         check: Callable[..., None] | None = None,
         specs: Sequence[ArgSpec] = (),

@@ -6,14 +6,14 @@ Bit for bit stock's. XLA hashes two arrays of counters that it first writes to m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxext import _jax_compat as compat
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["RANDOM_BITS", "random_bits_gains"]
 
@@ -38,14 +38,6 @@ def random_bits_gains(keys_shape: tuple[int, ...], shape: tuple[int, ...]) -> bo
     return math.prod(keys_shape) * math.prod(shape) >= LEAST_ELEMENTS
 
 
-def _attributes(**_: Any) -> Mapping[str, Any]:
-    return {}
-
-
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("full",) * n_operands
-
-
 def _spec(name: str, keys: tuple[int, ...], shape: tuple[int, ...], bit_width: int) -> ArgSpec:
     def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
         return (rng.integers(0, 2**32, (*keys, 2), dtype=np.uint32),)
@@ -58,8 +50,6 @@ RANDOM_BITS = Op(
     _reference,
     target="random_bits",
     core_rank=1,
-    attributes=_attributes,
-    roles=_roles,
     refuses=_refuses,
     needs_batch=True,
     specs=(

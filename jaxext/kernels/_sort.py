@@ -7,18 +7,18 @@ equal and last, equal elements in their order. Only bfloat16 NaNs of several pay
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._element import ORDERED
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["SORT", "sort_gains"]
 
-_KEYS = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32")
-_FOLLOWERS = (*_KEYS, "bool", "float64", "int64", "uint64", "complex64")
+_FOLLOWERS = (*ORDERED, "bool", "float64", "int64", "uint64", "complex64")
 _MOST_FOLLOWERS = 8
 
 # Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
@@ -32,8 +32,8 @@ def _reference(*operands: jax.Array) -> Sequence[jax.Array]:
 
 
 def _refuses(keys: Any, *others: Any) -> str | None:
-    if keys.dtype.name not in _KEYS:
-        return f"the keys are {keys.dtype}; the kernel takes {', '.join(_KEYS)}"
+    if keys.dtype.name not in ORDERED:
+        return f"the keys are {keys.dtype}; the kernel takes {', '.join(ORDERED)}"
     if len(others) > _MOST_FOLLOWERS:
         return f"{len(others)} operands follow the keys; the kernel takes at most {_MOST_FOLLOWERS}"
     for other in others:
@@ -47,14 +47,6 @@ def _refuses(keys: Any, *others: Any) -> str | None:
 def sort_gains(keys: Any) -> bool:
     """Whether the kernel is faster than XLA for keys: [..., n]."""
     return math.prod(keys.shape) >= LEAST_ELEMENTS and keys.shape[-1] >= LEAST_ROW
-
-
-def _attributes(**_: Any) -> Mapping[str, Any]:
-    return {}
-
-
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("full",) * n_operands
 
 
 def _spec(name: str, shape: tuple[int, ...], followers: int = 0, levels: int = 0) -> ArgSpec:
@@ -71,8 +63,6 @@ SORT = Op(
     _reference,
     target="sort",
     core_rank=1,
-    attributes=_attributes,
-    roles=_roles,
     refuses=_refuses,
     needs_batch=True,
     specs=(
@@ -83,5 +73,3 @@ SORT = Op(
         _spec("no rows", (0, 9)),
     ),
 )
-# All results are the user's; float tangents come from the reference.
-SORT.outputs = (0,)

@@ -8,17 +8,17 @@ bit for bit; only bfloat16 NaNs of several payloads, equal to XLA, are told apar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._element import ORDERED
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["TOP_K", "top_k_gains"]
 
-_NATIVE = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 
 # Below, starting the call costs what the selection gains; above this share of a row, most of it has to be sorted
 # anyway, and XLA's own selection of float32 is level sooner. Measured in tests/bench/bench_top_k.py.
@@ -33,8 +33,8 @@ def _reference(x: jax.Array, *, k: int) -> Sequence[jax.Array]:
 
 
 def _refuses(x: Any, *, k: int) -> str | None:
-    if x.dtype.name not in _NATIVE:
-        return f"'x' is {x.dtype}; the kernel takes {', '.join(_NATIVE)}"
+    if x.dtype.name not in ORDERED:
+        return f"'x' is {x.dtype}; the kernel takes {', '.join(ORDERED)}"
     if x.shape[-1] >= 2**31:
         return f"'x' has {x.shape[-1]} elements a row; the kernel takes fewer than 2**31"
     return None
@@ -44,14 +44,6 @@ def top_k_gains(x: Any, k: int) -> bool:
     """Whether the kernel is faster than XLA for x: [..., n]."""
     share = MOST_FLOAT32_SHARE if x.dtype == np.float32 and k > INSERTED else MOST_SHARE
     return math.prod(x.shape) >= LEAST_ELEMENTS and 0 < k <= share * x.shape[-1]
-
-
-def _attributes(**_: Any) -> Mapping[str, Any]:
-    return {}
-
-
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("full",) * n_operands
 
 
 def _spec(name: str, shape: tuple[int, ...], k: int, levels: int = 0) -> ArgSpec:
@@ -67,8 +59,6 @@ TOP_K = Op(
     _reference,
     target="top_k",
     core_rank=1,
-    attributes=_attributes,
-    roles=_roles,
     refuses=_refuses,
     specs=(
         _spec("routing", (5, 8), 2),

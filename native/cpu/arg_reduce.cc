@@ -137,7 +137,9 @@ void along_columns(const ArgReduceArgs& a, const Parallel& par) {
 
 template <class T, int32_t kInfinity, int32_t kNormal = 0>
 void of_type(const ArgReduceArgs& a, const Parallel& par) {
-  if (a.inner == 1) return a.largest ? along_rows<T, kInfinity, kNormal, true>(a, par) : along_rows<T, kInfinity, kNormal, false>(a, par);
+  if (a.inner == 1)
+    return a.largest ? along_rows<T, kInfinity, kNormal, true>(a, par)
+                     : along_rows<T, kInfinity, kNormal, false>(a, par);
   a.largest ? along_columns<T, kInfinity, kNormal, true>(a, par) : along_columns<T, kInfinity, kNormal, false>(a, par);
 }
 
@@ -145,15 +147,15 @@ void of_type(const ArgReduceArgs& a, const Parallel& par) {
 
 void arg_reduce(const ArgReduceArgs& a, const Parallel& par) {
   switch (a.type) {
-    case ArgType::f32: return of_type<int32_t, 0x7f800000, 0x00800000>(a, par);
-    case ArgType::bf16: return of_type<int16_t, 0x7f80, 0x0080>(a, par);
-    case ArgType::f16: return of_type<int16_t, 0x7c00>(a, par);
-    case ArgType::i8: return of_type<int8_t, 0>(a, par);
-    case ArgType::i16: return of_type<int16_t, 0>(a, par);
-    case ArgType::i32: return of_type<int32_t, 0>(a, par);
-    case ArgType::u8: return of_type<uint8_t, 0>(a, par);
-    case ArgType::u16: return of_type<uint16_t, 0>(a, par);
-    case ArgType::u32: return of_type<uint32_t, 0>(a, par);
+    case Element::f32: return of_type<int32_t, 0x7f800000, 0x00800000>(a, par);
+    case Element::bf16: return of_type<int16_t, 0x7f80, 0x0080>(a, par);
+    case Element::f16: return of_type<int16_t, 0x7c00>(a, par);
+    case Element::i8: return of_type<int8_t, 0>(a, par);
+    case Element::i16: return of_type<int16_t, 0>(a, par);
+    case Element::i32: return of_type<int32_t, 0>(a, par);
+    case Element::u8: return of_type<uint8_t, 0>(a, par);
+    case Element::u16: return of_type<uint16_t, 0>(a, par);
+    case Element::u32: return of_type<uint32_t, 0>(a, par);
   }
 }
 
@@ -168,30 +170,16 @@ JAXEXT_DECLARE(arg_reduce, ArgReduceArgs)
 namespace jaxext {
 namespace {
 
-bool arg_type(ffi::DataType type, ArgType& found) {
-  switch (type) {
-    case ffi::DataType::F32: found = ArgType::f32; return true;
-    case ffi::DataType::BF16: found = ArgType::bf16; return true;
-    case ffi::DataType::F16: found = ArgType::f16; return true;
-    case ffi::DataType::S8: found = ArgType::i8; return true;
-    case ffi::DataType::S16: found = ArgType::i16; return true;
-    case ffi::DataType::S32: found = ArgType::i32; return true;
-    case ffi::DataType::U8: found = ArgType::u8; return true;
-    case ffi::DataType::U16: found = ArgType::u16; return true;
-    case ffi::DataType::U32: found = ArgType::u32; return true;
-    default: return false;
-  }
-}
-
 ffi::Error arg_reduce_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::Buffer<ffi::S32>> indices,
                               int64_t axis, bool largest) {
   const auto dims = x.dimensions(), out = indices->dimensions();
   axis += dims.size();
   ArgReduceArgs a{};
-  if (!arg_type(x.element_type(), a.type))
+  if (!element_of(x.element_type(), a.type))
     return bad_argument("arg_reduce", "x", "an array of floats or integers of at most 32 bits");
   if (axis < 0 || axis >= (int64_t)dims.size() || dims[axis] < 1 || dims[axis] > INT32_MAX)
-    return bad_argument("arg_reduce", "axis", "counted from the end, one of x's, of 1 to 2^31 - 1 elements, x being " + shape_text(dims));
+    return bad_argument("arg_reduce", "axis",
+                        "counted from the end, one of x's, of 1 to 2^31 - 1 elements, x being " + shape_text(dims));
   bool fits = out.size() + 1 == dims.size();
   for (size_t d = 0; fits && d < out.size(); d++) fits = out[d] == dims[d + ((int64_t)d >= axis)];
   if (!fits) return bad_argument("arg_reduce", "indices", "of x's shape without the axis, x being " + shape_text(dims));

@@ -167,9 +167,8 @@ ffi::Error cumulative_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Resul
   if (!is_float(x.element_type())) return bad_argument("cumulative", "x", "an array of float32 or bfloat16");
   if (axis < 0 || axis >= (int64_t)dims.size())
     return bad_argument("cumulative", "axis", "counted from the end, one of x's, x being " + shape_text(dims));
-  bool fits = shape.size() == dims.size() && out->element_type() == x.element_type();
-  for (size_t d = 0; fits && d < dims.size(); d++) fits = shape[d] == dims[d];
-  if (!fits) return bad_argument("cumulative", "out", "of x's shape and type, x being " + shape_text(dims));
+  if (out->element_type() != x.element_type() || !same_shape(shape, dims))
+    return bad_argument("cumulative", "out", "of x's shape and type, x being " + shape_text(dims));
   if (kind < 0 || kind > 3) return bad_argument("cumulative", "kind", "0 (sum), 1 (prod), 2 (max) or 3 (min)");
   CumulativeArgs a{x.untyped_data(),
                    out->untyped_data(),

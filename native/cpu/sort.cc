@@ -138,15 +138,15 @@ void rows(const SortArgs& a, const Parallel& par) {
 
 void sort(const SortArgs& a, const Parallel& par) {
   switch (a.type) {
-    case SortType::f32: return rows<Keyed<int32_t, 0x7f800000, 0x00800000>>(a, par);
-    case SortType::bf16: return rows<Keyed<int16_t, 0x7f80, 0x0080>>(a, par);
-    case SortType::f16: return rows<Keyed<int16_t, 0x7c00>>(a, par);
-    case SortType::i8: return rows<Keyed<int8_t, 0>>(a, par);
-    case SortType::i16: return rows<Keyed<int16_t, 0>>(a, par);
-    case SortType::i32: return rows<Keyed<int32_t, 0>>(a, par);
-    case SortType::u8: return rows<Keyed<uint8_t, 0>>(a, par);
-    case SortType::u16: return rows<Keyed<uint16_t, 0>>(a, par);
-    case SortType::u32: return rows<Keyed<uint32_t, 0>>(a, par);
+    case Element::f32: return rows<Keyed<int32_t, 0x7f800000, 0x00800000>>(a, par);
+    case Element::bf16: return rows<Keyed<int16_t, 0x7f80, 0x0080>>(a, par);
+    case Element::f16: return rows<Keyed<int16_t, 0x7c00>>(a, par);
+    case Element::i8: return rows<Keyed<int8_t, 0>>(a, par);
+    case Element::i16: return rows<Keyed<int16_t, 0>>(a, par);
+    case Element::i32: return rows<Keyed<int32_t, 0>>(a, par);
+    case Element::u8: return rows<Keyed<uint8_t, 0>>(a, par);
+    case Element::u16: return rows<Keyed<uint16_t, 0>>(a, par);
+    case Element::u32: return rows<Keyed<uint32_t, 0>>(a, par);
   }
 }
 
@@ -161,32 +161,11 @@ JAXEXT_DECLARE(sort, SortArgs)
 namespace jaxext {
 namespace {
 
-bool sort_type(ffi::DataType type, SortType& found) {
-  switch (type) {
-    case ffi::DataType::F32: found = SortType::f32; return true;
-    case ffi::DataType::BF16: found = SortType::bf16; return true;
-    case ffi::DataType::F16: found = SortType::f16; return true;
-    case ffi::DataType::S8: found = SortType::i8; return true;
-    case ffi::DataType::S16: found = SortType::i16; return true;
-    case ffi::DataType::S32: found = SortType::i32; return true;
-    case ffi::DataType::U8: found = SortType::u8; return true;
-    case ffi::DataType::U16: found = SortType::u16; return true;
-    case ffi::DataType::U32: found = SortType::u32; return true;
-    default: return false;
-  }
-}
-
-bool same_shape(ffi::Span<const int64_t> a, ffi::Span<const int64_t> b) {
-  bool same = a.size() == b.size();
-  for (size_t d = 0; same && d < a.size(); d++) same = a[d] == b[d];
-  return same;
-}
-
 ffi::Error sort_handler(ffi::ThreadPool pool, ffi::AnyBuffer keys, ffi::RemainingArgs others,
                         ffi::Result<ffi::AnyBuffer> sorted, ffi::RemainingRets outs) {
   const auto dims = keys.dimensions();
   SortArgs a{};
-  if (dims.size() < 1 || !sort_type(keys.element_type(), a.type))
+  if (dims.size() < 1 || !element_of(keys.element_type(), a.type))
     return bad_argument("sort", "keys", "an array of rank 1 or more of floats or integers of at most 32 bits");
   if (sorted->element_type() != keys.element_type() || !same_shape(sorted->dimensions(), dims))
     return bad_argument("sort", "sorted", "of the keys' type and shape, " + shape_text(dims));

@@ -1,10 +1,9 @@
 // A stable sort of rows by one key; other arrays follow their key.
 #pragma once
+#include "element.h"
 #include "isa.h"
 
 namespace jaxext {
-
-enum class SortType : int { f32, bf16, f16, i8, i16, i32, u8, u16, u32 };
 
 // An array that is put in the keys' order.
 struct SortFollower {
@@ -19,7 +18,7 @@ struct SortArgs {
   const void* keys;  // [rows, n]
   void* sorted;      // likewise
   int64_t rows, n;
-  SortType type;
+  Element type;
   int n_followers;
   SortFollower followers[kMostFollowers];
 };

@@ -144,27 +144,12 @@ JAXEXT_DECLARE(top_k, TopKArgs)
 namespace jaxext {
 namespace {
 
-// Whether top_k takes the type, and how it reads it.
-bool key_kind(ffi::DataType type, KeyKind& kind) {
-  switch (type) {
-    case ffi::DataType::F32:
-    case ffi::DataType::BF16:
-    case ffi::DataType::F16: kind = KeyKind::floating; return true;
-    case ffi::DataType::S8:
-    case ffi::DataType::S16:
-    case ffi::DataType::S32: kind = KeyKind::signed_integer; return true;
-    case ffi::DataType::U8:
-    case ffi::DataType::U16:
-    case ffi::DataType::U32: kind = KeyKind::unsigned_integer; return true;
-    default: return false;
-  }
-}
-
 ffi::Error top_k_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> values,
                          ffi::Result<ffi::Buffer<ffi::S32>> indices) {
   const auto dims = x.dimensions();
   TopKArgs a{};
-  if (dims.size() < 1 || !key_kind(x.element_type(), a.kind))
+  Element type{};
+  if (dims.size() < 1 || !element_of(x.element_type(), type))
     return bad_argument("top_k", "x", "an array of rank 1 or more of floats or integers of at most 32 bits");
   auto fits = [&](ffi::Span<const int64_t> out) {
     bool same = out.size() == dims.size() && out[out.size() - 1] <= dims[dims.size() - 1];
@@ -175,6 +160,9 @@ ffi::Error top_k_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi
   if (values->element_type() != x.element_type() || !fits(out) || !fits(indices->dimensions()) ||
       out[out.size() - 1] != indices->dimensions()[out.size() - 1])
     return bad_argument("top_k", "values", "of x's type and, but for the last dimension, shape; indices likewise, s32");
+  a.kind = type <= Element::f16   ? KeyKind::floating
+           : type <= Element::i32 ? KeyKind::signed_integer
+                                  : KeyKind::unsigned_integer;
   a.x = x.untyped_data();
   a.values = values->untyped_data();
   a.indices = indices->typed_data();

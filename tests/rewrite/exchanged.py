@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import jaxext
+from jaxext.kernels._element import ORDERED as DTYPES
 from jaxext.kernels._op import native_status
 
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32")
+__all__ = ["DTYPES", "any_bits", "assert_exchanged", "assert_same", "bits", "calls", "needs_kernels"]
+
 needs_kernels = pytest.mark.skipif(bool(native_status()), reason="no native kernels here")
 
 

@@ -4,15 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exchanged import DTYPES, needs_kernels
+from exchanged import calls as calls_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxext
-from jaxext.kernels._op import native_status
 from jaxext.kernels._top_k import TOP_K, top_k_gains
-
-needs_kernels = pytest.mark.skipif(bool(native_status()), reason="no native kernels here")
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 
 
 def bits(x):
@@ -39,7 +37,7 @@ def assert_same(ours, stock):
 
 
 def calls(function, *args):
-    return jaxext.accelerate(function).lower(*args).as_text().count("@jaxext_top_k(")
+    return calls_of("top_k", function, *args)
 
 
 @needs_kernels
