@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxext._install import is_installed as is_installed
     from jaxext._install import uninstall as uninstall
     from jaxext._memory import release_memory as release_memory
+    from jaxext._pipeline import pipeline as pipeline
     from jaxext.abtest import ab as ab
     from jaxext.rewrite.report import Report as Report
     from jaxext.rewrite.report import collect as collect
@@ -36,6 +37,7 @@ _OWN = {
     "install": "jaxext._install",
     "is_installed": "jaxext._install",
     "jit": "jaxext._jit",
+    "pipeline": "jaxext._pipeline",
     "release_memory": "jaxext._memory",
     "uninstall": "jaxext._install",
 }

@@ -140,8 +140,7 @@ def operands(eqn: Any, parameter: str) -> list[int | None]:
     params, count = eqn.params, len(eqn.invars)
     match eqn.primitive.name:
         case "scan":
-            # JAX 0.11 replaced the counts by a tree of (constants, carry, slices).
-            constants = params["num_consts"] if "num_consts" in params else len(params["ft_in"].unpack()[0])
+            constants, _ = scan_counts(params)
             return [*range(constants), *[None] * (count - constants)]
         case "while":
             conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
@@ -153,6 +152,15 @@ def operands(eqn: Any, parameter: str) -> list[int | None]:
             # An operand that every device has whole is the same inside.
             return [None if any(tuple(spec)) else number for number, spec in enumerate(params["in_specs"])]
     return [*range(count)]
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carried values a scan has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # JAX 0.11 replaced the counts by a tree of (constants, carry, slices).
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
 
 
 def recorded(tracer: Any) -> tuple[Any, int] | None:
@@ -344,6 +352,13 @@ def jitted_function(jitted: Any) -> Callable[..., Any] | None:
     """The function inside what `jax.jit` returned, None where this JAX does not say, or for another kind of jit."""
     known = hasattr(jitted, "_jit_info") and hasattr(pjit, "_cpp_pjit")
     return getattr(jitted, "_fun", None) if known else None
+
+
+def jit_options(jitted: Any) -> dict[str, Any]:
+    """The static and donated arguments of what `jax.jit` returned, as options of `jax.jit`."""
+    info = getattr(jitted, "_jit_info", None)
+    names = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
+    return {name: value for name in names if (value := getattr(info, name, ()))}
 
 
 def jit_like(jitted: Any, fun: Callable[..., Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Every test process sees two CPU devices, so that sharding is tested wherever the suite runs."""
+"""Every test process sees eight CPU devices, so that sharding and pipelines are tested wherever the suite runs."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,9 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
@@ -47,8 +49,24 @@ _ANCHOR = "__jaxext_anchor__"
 # ---------------------------------------------------------------- differentiation
 
 
+_interceptor: ContextVar[Callable[..., Any] | None] = ContextVar("jaxext_interceptor", default=None)
+
+
+@contextmanager
+def intercepting(handler: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside, `jax.vjp` differentiates `handler(fun)` in place of every `fun`; None: as outside of any such scope."""
+    token = _interceptor.set(handler)
+    try:
+        yield
+    finally:
+        _interceptor.reset(token)
+
+
 def on_differentiate(fun: Callable[..., Any]) -> Callable[..., Any]:
     """What `jax.vjp` differentiates in place of `fun`."""
+    handler = _interceptor.get()
+    if handler is not None:
+        return handler(fun)
     settings = _settings.current()
     if settings is None or (getattr(fun, "__module__", None) or "").startswith("jaxext.kernels"):
         # A kernel's own reference says what the kernel computes: replaced by the kernel, it would say nothing.
@@ -70,7 +88,7 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
         if compat.runs_op_by_op() and all(compat.is_concrete(leaves[number]) for number in traced):
             # A replay would hide the operation at fault, and the user's line, from JAX's debugging modes.
             return fun(*args, **kwargs)
-        output = _Output()
+        output = SplitOutput()
 
         def flat(*arrays: Any) -> list[Any]:
             filled = list(leaves)
@@ -107,7 +125,7 @@ def _mode(whole_step: bool) -> planning.Mode:
     return planning.Mode(whole_step, skip_differentiated=_active is not None and _active.differentiation)
 
 
-class _Output:
+class SplitOutput:
     """Splits a function's result into traced arrays and everything else, and puts it together again.
 
     Arrays that were computed outside of the trace, numbers and other objects pass through untouched.
@@ -199,6 +217,13 @@ def _known(jaxpr: Any, settings: Settings, name: str, report: Report) -> _Traced
         with _traced_lock:
             _traced[jaxpr] = known
     return known
+
+
+class Relying:
+    """Keeps the hooks in place while it lives."""
+
+    def __init__(self) -> None:
+        activate(relying=self)
 
 
 class _Anchor:

@@ -1,0 +1,142 @@
+"""`jaxext.pipeline`: an unmodified train step, run over pipeline stages."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from . import _jax_compat as compat
+from . import _settings
+from ._check import Checked, has_nnx
+from .pipelining import arguments, build
+from .pipelining.arguments import Call, Options
+from .pipelining.build import Built, Request
+from .pipelining.plan import PipelinePlan
+from .rewrite import hooks
+
+_JIT_OPTIONS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
+
+
+def pipeline(
+    train_step: Callable[..., Any] | None = None,
+    *,
+    num_stages: int | None = None,
+    num_microbatches: int | None = None,
+    schedule: str = "1f1b",
+    num_chunks: int | None = None,
+    devices: Sequence[Any] | None = None,
+    batch_argnames: str | Iterable[str] | None = None,
+    check: bool = False,
+    **jit_options: Any,
+) -> Any:
+    """A train step over pipeline stages, with the signature, the results and the state tree of `train_step`.
+
+    The step is not changed: the loss that it differentiates is found, cut into stages of equal cost, and run on
+    microbatches in the order of a schedule; the update of each parameter runs where the parameter lives. Losses that
+    are sums or means over the examples of the batch can be pipelined, others are refused with the reason.
+
+    Args:
+      train_step: a function of arrays, pytrees and flax.nnx objects that differentiates one loss and updates the state;
+        plain, or jitted with `jax.jit` or `nnx.jit`. None gives a decorator.
+      num_stages: devices in the pipeline, each with `num_chunks` stages of the loss; by default all of `devices`.
+      num_microbatches: parts of the batch; by default the largest divisor of the batch up to 4 * num_stages.
+      schedule: `gpipe`, `1f1b`, `interleaved_1f1b`, `zb_h1`, `zb_v`, `dualpipe_v` or `auto`.
+      num_chunks: stages of the loss on each device, for `interleaved_1f1b`; 2 by default.
+      devices: where the stages run, in order; by default `jax.devices()`.
+      batch_argnames: arguments that hold the examples along the first axis of their arrays; found if not given.
+      check: the first step is also run by plain `jax.jit`, and all results are compared.
+      jit_options: `static_argnums`, `static_argnames`, `donate_argnums`, `donate_argnames`, as in `jax.jit`.
+
+    Returns:
+      A function as `train_step`. Its results live on the devices of their stages. `.plan(*args)` shows what is done.
+
+    Raises:
+      TypeError: `train_step` is not callable, or an unknown option.
+      ValueError: an unknown schedule, or a number of stages or microbatches below 1; on the first call also Refusal,
+        where the step cannot be pipelined, with the reason, the user's line and the remedy.
+      CheckError: `check`, where results differ.
+    """
+    request = Request(num_stages, num_microbatches, schedule, num_chunks, None if devices is None else tuple(devices))
+    request.validate()
+    unknown = sorted(set(jit_options) - set(_JIT_OPTIONS))
+    if unknown:
+        raise TypeError(f"pipeline: unknown option {unknown[0]!r}. The options of jax.jit it takes: {_JIT_OPTIONS}.")
+    names = (batch_argnames,) if isinstance(batch_argnames, str) else batch_argnames
+    if train_step is None:
+        return functools.partial(
+            pipeline, num_stages=num_stages, num_microbatches=num_microbatches, schedule=schedule,
+            num_chunks=num_chunks, devices=devices, batch_argnames=names, check=check, **jit_options,
+        )  # fmt: skip
+    if not callable(train_step):
+        raise TypeError(f"pipeline: train_step is {train_step!r}, expected a callable. Decorate a train step.")
+    pipelined = Pipelined(train_step, request, names, jit_options)
+    return Checked(pipelined) if check else pipelined
+
+
+class Pipelined:
+    """A train step over pipeline stages; see `jaxext.pipeline`."""
+
+    def __init__(self, step: Callable[..., Any], request: Request, batch: Any, jit_options: dict[str, Any]) -> None:
+        functools.update_wrapper(self, step)
+        self._step = _plain(step)
+        self._signature = inspect.signature(self._step)
+        own = {**compat.jit_options(step), **jit_options}
+        self._options = Options.of(self._signature, own, batch)
+        self._request = request
+        self._lock = threading.Lock()
+        self._built: dict[Any, Built] = {}
+        self._anchor = hooks.Relying()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _settings.is_off():
+            return self._undivided(args, kwargs)
+        call = arguments.flatten(self._step, self._signature, self._options, args, kwargs)
+        built = self._build(call)
+        return call.results(built.executor()(call.leaves), built.output)
+
+    def plan(self, *args: Any, **kwargs: Any) -> PipelinePlan:
+        """What is done for arguments like these; nothing is run.
+
+        Raises:
+          Refusal: the step cannot be pipelined.
+        """
+        return self._build(arguments.flatten(self._step, self._signature, self._options, args, kwargs)).plan
+
+    def _build(self, call: Call) -> Built:
+        with self._lock:
+            found = self._built.get(call.key)
+            if found is None:
+                found = build.build(self._step, self._signature, call, self._options, self._request)
+                self._built[call.key] = found
+        return found
+
+    def _undivided(self, args: Any, kwargs: Any) -> Any:
+        """The step by plain JAX on the first device."""
+        device = self._request.available()[0]
+        options = {"static_argnames": tuple(self._options.static)}
+        if has_nnx((args, kwargs)):
+            from flax import nnx
+
+            return nnx.jit(self._step, **options)(*args, **kwargs)
+        args, kwargs = jax.tree.map(lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x, (args, kwargs))
+        return jax.jit(self._step, **options)(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<pipelined {compat.user_name(self._step)}>"
+
+
+def _plain(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside a jitted one."""
+    inner = compat.jitted_function(step) if isinstance(step, jax.stages.Wrapped) else None
+    if inner is None and isinstance(step, jax.stages.Wrapped):
+        inner = getattr(step, "__wrapped__", None)
+    return step if inner is None else _plain(getattr(inner, "__wrapped__", inner))

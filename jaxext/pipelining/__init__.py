@@ -1,0 +1,1 @@
+"""Pipeline parallelism for an unmodified train step: capture → microbatch → cut → stages → schedule → executor."""

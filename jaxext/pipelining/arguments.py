@@ -1,0 +1,164 @@
+"""A call of a train step as flat arrays, and back: static arguments, flax.nnx objects, which of them are the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._check import has_nnx
+from .refusal import Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `jax.jit` and `pipeline` are told of a step's arguments, by name of the parameter."""
+
+    static: frozenset[str]
+    donated: frozenset[str]
+    batch: frozenset[str] | None
+
+    @classmethod
+    def of(cls, signature: inspect.Signature, jit: dict[str, Any], batch: Any) -> Options:
+        """
+        Raises:
+          ValueError: a name or number that is no argument of the step.
+        """
+        names = list(signature.parameters)
+
+        def named(argument: str, *values: Any) -> frozenset[str]:
+            found = set()
+            for value in (v for group in values for v in ((group,) if isinstance(group, (int, str)) else group or ())):
+                known = value in names if isinstance(value, str) else -len(names) <= value < len(names)
+                if not known:
+                    raise ValueError(f"pipeline({argument}={value!r}): the step's arguments are {', '.join(names)}.")
+                found.add(value if isinstance(value, str) else names[value])
+            return frozenset(found)
+
+        return cls(
+            named("static_argnums", jit.get("static_argnums"), jit.get("static_argnames")),
+            named("donate_argnums", jit.get("donate_argnums"), jit.get("donate_argnames")),
+            None if batch is None else named("batch_argnames", batch),
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a step.
+
+    Attributes:
+      leaves: its arrays. owners: the argument that each belongs to. key: what a compilation of the step depends on.
+      run: the step as a function of the leaves, whose results `results` puts together.
+    """
+
+    leaves: list[Any]
+    owners: list[str]
+    key: Any
+    run: Callable[..., list[Any]]
+    _box: dict[str, Any]
+    _objects: dict[str, Any]
+
+    @property
+    def types(self) -> list[Any]:
+        return [jax.typeof(leaf) for leaf in self.leaves]
+
+    def output(self) -> Any:
+        """What `results` needs to know of the traced step."""
+        return dict(self._box)
+
+    def results(self, leaves: Sequence[Any], output: dict[str, Any]) -> Any:
+        """The step's result from its flat results; flax.nnx objects are updated in place."""
+        result, state = jax.tree.unflatten(output["tree"], leaves)
+        if self._objects:
+            sys.modules["flax.nnx"].update(self._objects, state)
+        return result
+
+
+def flatten(step: Callable[..., Any], signature: inspect.Signature, options: Options, args: Any, kwargs: Any) -> Call:
+    """
+    Raises:
+      TypeError: the arguments do not fit the step, as Python says it.
+    """
+    bound = signature.bind(*args, **kwargs)
+    given = {name: value for name, value in bound.arguments.items() if name not in options.static}
+    static = {name: value for name, value in bound.arguments.items() if name in options.static}
+    objects = {name: value for name, value in given.items() if has_nnx(value)}
+    plain = {name: value for name, value in given.items() if name not in objects}
+    definition, state = sys.modules["flax.nnx"].split(objects) if objects else (None, {})
+    paths, tree = jax.tree_util.tree_flatten_with_path((plain, state))
+    owners = [path[1].key if path[0].idx == 0 else "" for path, _ in paths]
+    leaves = [_array(leaf, owner) for (_, leaf), owner in zip(paths, owners)]
+    box: dict[str, Any] = {}
+
+    def run(*arrays: Any) -> list[Any]:
+        own, own_state = jax.tree.unflatten(tree, arrays)
+        merged = sys.modules["flax.nnx"].merge(definition, own_state) if objects else {}
+        call = inspect.BoundArguments(signature, {})  # type: ignore[arg-type]
+        call.arguments.update({name: {**own, **merged, **static}[name] for name in bound.arguments})
+        result = step(*call.args, **call.kwargs)
+        new = sys.modules["flax.nnx"].state(merged) if objects else {}
+        flat, box["tree"] = jax.tree.flatten((result, new))
+        return flat
+
+    key = (tree, definition, tuple(sorted(static.items())), tuple(jax.typeof(leaf) for leaf in leaves))
+    return Call(leaves, owners, key, run, box, objects)
+
+
+def _array(leaf: Any, owner: str) -> Any:
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+        return leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)
+    raise TypeError(
+        f"pipeline: argument {owner!r} holds a {type(leaf).__name__}, which is no array. "
+        "Name it in static_argnames, as with jax.jit."
+    )
+
+
+def donated(call: Call, options: Options, signature: inspect.Signature) -> list[int]:
+    """Which leaves the caller gives up."""
+    return [number for number, owner in enumerate(call.owners) if owner in options.donated]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Leaves that may hold the examples along their first axis, `size` of them."""
+
+    leaves: tuple[int, ...]
+    size: int
+
+
+def batches(call: Call, reaching: Iterable[int], options: Options) -> list[Batch]:
+    """What the batch may be, the likeliest first.
+
+    reaching: leaves that the loss takes without being differentiated in them. Without `batch_argnames`, a batch is made
+    of arguments whose arrays all begin with one and the same size; what is passed last is likelier.
+
+    Raises:
+      Refusal: no argument looks like a batch.
+    """
+    reached = set(reaching)
+    names = options.batch if options.batch is not None else _candidates(call, reached)
+    leaves = [n for n, owner in enumerate(call.owners) if owner in names and np.ndim(call.leaves[n]) and n in reached]
+    sizes: dict[int, list[int]] = {}
+    for n in reversed(leaves):
+        sizes.setdefault(call.leaves[n].shape[0], []).append(n)
+    found = [Batch(tuple(sorted(own)), size) for size, own in sizes.items() if size > 1]
+    if not found:
+        raise Refusal("no argument of the step looks like a batch", "Name those that do: batch_argnames=('batch',).")
+    return found
+
+
+def _candidates(call: Call, reached: set[int]) -> set[str]:
+    found = set()
+    for name in dict.fromkeys(owner for owner in call.owners if owner):
+        own = [n for n, owner in enumerate(call.owners) if owner == name]
+        arrays = [call.leaves[n] for n in own if np.ndim(call.leaves[n])]
+        sizes = {array.shape[0] for array in arrays}
+        is_key = all(array.shape == (2,) and array.dtype == np.uint32 for array in arrays)
+        if len(sizes) == 1 and not is_key and any(n in reached for n in own):
+            found.add(name)
+    return found

@@ -1,0 +1,279 @@
+"""The compiled functions of a stage: forward, backward, and the two halves that a backward pass can be cut into.
+
+The forward function keeps what `jax.vjp` keeps (residuals). The backward function is traced once and is a graph: what
+the cotangents of the stage before need is the first half, what is left are the gradients of the weights (Qi et al.
+2023, "Zero Bubble Pipeline Parallelism"). Gradients are added up inside of it, into an accumulator that is donated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import _jax_compat as compat
+from .._accelerate import accelerate
+from ..rewrite import trace
+from ..rewrite.trace import Node, Value
+from . import cost
+from .microbatch import Typing
+from .stage import Stage, evaluate, is_float
+
+
+@dataclasses.dataclass(eq=False)
+class Kept:
+    """Where the residuals of a forward pass come from: its arguments, by number, or what it returned, by number."""
+
+    sources: list[tuple[bool, int]]
+
+    def gather(self, arguments: Sequence[Any], returned: Sequence[Any]) -> list[Any]:
+        return [arguments[number] if given else returned[number] for given, number in self.sources]
+
+
+@dataclasses.dataclass(eq=False)
+class StageProgram:
+    """Functions of flat arrays.
+
+    Attributes:
+      forward: (*parameters, *received, *data, microbatch) → (*sent, *collected, *residuals).
+      backward: (*residuals, *cotangents, *accumulators) → (*cotangents of the received, *accumulators).
+      cotangents: (*residuals, *cotangents) → (*cotangents of the received, *for the weights).
+      weights: (*residuals, *cotangents, *for the weights, *accumulators) → accumulators.
+      kept: where the residuals are. gradients: parameters that have one, by place; accumulators: their types.
+      float_received, float_sent: by place, what has a cotangent.
+      separable: share of the backward pass that `weights` is, by cost.
+    """
+
+    stage: Stage
+    forward: Callable[..., list[Any]]
+    backward: Callable[..., list[Any]]
+    cotangents: Callable[..., list[Any]]
+    weights: Callable[..., list[Any]]
+    kept: Kept
+    gradients: list[int]
+    accumulators: list[jax.ShapeDtypeStruct]
+    float_received: list[int]
+    float_sent: list[int]
+    residual_bytes: int
+    costs: tuple[float, float, float]
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """Half-precision gradients are added up in float32."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def build(stage: Stage, typing: Typing, num_microbatches: int, name: str) -> StageProgram:
+    """Trace a stage's forward and backward functions; kernels are put in where jaxext has them."""
+    return _Builder(stage, typing, num_microbatches, name).build()
+
+
+class _Builder:
+    def __init__(self, stage: Stage, typing: Typing, num_microbatches: int, name: str) -> None:
+        self._stage, self._typing, self._count, self._name = stage, typing, num_microbatches, name
+        self._loss = typing.micro.outputs[0]
+        self._parameters = [n for n, value in enumerate(stage.parameters) if is_float(value)]
+        self._received = [n for n, value in enumerate(stage.receives) if is_float(value)]
+        self._sent = [n for n, value in enumerate(stage.sends) if is_float(value)]
+        self._pull: Any = None
+
+    def build(self) -> StageProgram:
+        stage, typing = self._stage, self._typing
+        data = [typing.pair[value].aval for value in stage.data]
+        avals = [*(v.aval for v in stage.parameters), *(v.aval for v in stage.receives), *data, jax.typeof(jnp.int32(0))]
+        closed = compat.trace(self._forward, avals, name=f"{self._name}_forward")
+        plain = len(stage.sends) + len(stage.collected)
+        forward, kept, types = _without_copies(closed, plain)
+        sent = [stage.sends[n].aval for n in self._sent]
+        backward = compat.trace(self._backward, [*types, *sent], name=f"{self._name}_backward")
+        halves = _Halves(backward, len(self._received))
+        accumulators = [
+            jax.ShapeDtypeStruct(v.shape, accumulator_dtype(v.dtype))
+            for v in (stage.parameters[n] for n in self._parameters)
+        ]
+        residual_bytes = sum(cost.nbytes(t) for t, (given, _) in zip(types, kept.sources) if not given)
+        return StageProgram(
+            stage=stage,
+            forward=_jitted(forward, f"{self._name}_forward"),
+            backward=_accumulating(halves.both, len(self._received), accumulators, f"{self._name}_backward"),
+            cotangents=_jitted(halves.first, f"{self._name}_cotangents"),
+            weights=_accumulating(halves.second, 0, accumulators, f"{self._name}_weights"),
+            kept=kept,
+            gradients=self._parameters,
+            accumulators=accumulators,
+            float_received=self._received,
+            float_sent=self._sent,
+            residual_bytes=residual_bytes,
+            costs=(stage.cost, *halves.costs),
+        )
+
+    def _forward(self, *arrays: Any) -> list[Any]:
+        stage = self._stage
+        parameters, rest = list(arrays[: len(stage.parameters)]), arrays[len(stage.parameters) :]
+        received, rest = list(rest[: len(stage.receives)]), rest[len(stage.receives) :]
+        data, microbatch = rest[:-1], rest[-1]
+        sliced = {value: self._slice(value, array, microbatch) for value, array in zip(stage.data, data)}
+
+        def run(own: list[Any], incoming: list[Any]) -> tuple[list[Any], list[Any]]:
+            env: dict[Value, Any] = dict(sliced)
+            env.update(zip(stage.parameters, parameters))
+            env.update(zip(stage.receives, received))
+            env.update((stage.parameters[n], x) for n, x in zip(self._parameters, own))
+            env.update((stage.receives[n], x) for n, x in zip(self._received, incoming))
+            evaluate(stage.operations, env, lambda value: self._read(env, value), self._adjust(microbatch))
+            differentiated = [env[stage.sends[n]] for n in self._sent]
+            if self._loss in stage.collected:
+                differentiated.append(env[self._loss])
+            return differentiated, [*(env[v] for v in stage.sends), *(self._read(env, v) for v in stage.collected)]
+
+        own = [parameters[n] for n in self._parameters]
+        incoming = [received[n] for n in self._received]
+        _, pull, results = jax.vjp(run, own, incoming, has_aux=True)
+        residuals, self._pull = jax.tree.flatten(pull)
+        return [*results, *residuals]
+
+    def _backward(self, *arrays: Any) -> list[Any]:
+        """Cotangents of what was received, then gradients of the parameters."""
+        count = len(arrays) - len(self._sent)
+        pull = jax.tree.unflatten(self._pull, arrays[:count])
+        cotangents = list(arrays[count:])
+        if self._loss in self._stage.collected:
+            cotangents.append(jnp.ones((), self._loss.dtype))
+        own, incoming = pull(cotangents)
+        return [*incoming, *own]
+
+    def _slice(self, value: Value, array: Any, microbatch: Any) -> Any:
+        axis = self._typing.types[value].axis
+        if axis is None:
+            return array
+        size = value.shape[axis]
+        return jax.lax.dynamic_slice_in_dim(array, microbatch * size, size, axis)
+
+    def _read(self, env: dict[Value, Any], value: Value) -> Any:
+        # A constant that depends on the batch size, such as the 1/N of a mean, is that of the batch.
+        return env[value] if value.const is None else self._typing.pair.get(value, value).const
+
+    def _adjust(self, microbatch: Any) -> dict[Node, Callable[[list[Any]], list[Any]]]:
+        rules: dict[Node, Callable[[list[Any]], list[Any]]] = {}
+        for node, shared in self._typing.shared.items():
+            rules[node] = lambda inputs, shared=shared: [
+                x * jnp.asarray(1 / self._count, jnp.result_type(x)) if is_shared else x
+                for x, is_shared in zip(inputs, shared)
+            ]
+        for node, column in self._typing.numbered.items():
+            rules[node] = lambda inputs, node=node, column=column: self._renumber(node, column, microbatch, inputs)
+        return rules
+
+    def _renumber(self, node: Node, column: int, microbatch: Any, inputs: list[Any]) -> list[Any]:
+        """Numbers of examples in the batch become numbers in the microbatch."""
+        operand, indices = inputs
+        axis = self._typing.types[node.inputs[1]].axis
+        assert axis is not None
+        first = microbatch * node.inputs[1].shape[axis]
+        return [operand, indices.at[..., column].add(-first.astype(indices.dtype))]
+
+
+def _jitted(run: Callable[..., list[Any]], name: str, **options: Any) -> Callable[..., list[Any]]:
+    def named(*arrays: Any) -> list[Any]:
+        return run(*arrays)
+
+    named.__name__ = named.__qualname__ = name
+    return accelerate(named, **options)
+
+
+def _without_copies(closed: Any, plain: int) -> tuple[Callable[..., list[Any]], Kept, list[Any]]:
+    """The function without those residuals that are its arguments or results anyway, and where to find them instead.
+
+    Also the types of all residuals.
+    """
+    graph = trace.build(closed)
+    given = {value: number for number, value in enumerate(graph.inputs)}
+    returned: dict[Value, int] = {}
+    outputs = list(graph.outputs[:plain])
+    for number, value in enumerate(outputs):
+        returned.setdefault(value, number)
+    sources = []
+    for value in graph.outputs[plain:]:
+        if value in given:
+            sources.append((True, given[value]))
+            continue
+        if value not in returned:
+            returned[value] = len(outputs)
+            outputs.append(value)
+        sources.append((False, returned[value]))
+    types = [value.aval for value in graph.outputs[plain:]]
+    return _function(graph, graph.inputs, graph.nodes, outputs), Kept(sources), types
+
+
+def _function(graph: trace.Graph, inputs: Sequence[Value], nodes: Sequence[Node], outputs: Sequence[Value]) -> Any:
+    def run(*arrays: Any) -> list[Any]:
+        env: dict[Value, Any] = dict(graph.captures)
+        env.update(zip(inputs, arrays, strict=True))
+
+        def read(value: Value) -> Any:
+            return env.get(value, value.const)
+
+        evaluate(nodes, env, read, {})
+        return [read(value) for value in outputs]
+
+    return run
+
+
+class _Halves:
+    """A backward function cut in two: its first `count` results, then the rest, from what the first half hands on."""
+
+    def __init__(self, closed: Any, count: int) -> None:
+        graph = trace.build(closed)
+        first = _ancestors(graph.outputs[:count])
+        rest = [node for node in graph.nodes if node in _ancestors(graph.outputs[count:]) and node not in first]
+        made = {value for node in first for value in node.outputs}
+        wanted = [*(value for node in rest for value in node.inputs), *graph.outputs[count:]]
+        handed = [value for value in dict.fromkeys(wanted) if value in made]
+        ordered = [node for node in graph.nodes if node in first]
+        self.both = _function(graph, graph.inputs, graph.nodes, graph.outputs)
+        self.first = _function(graph, graph.inputs, ordered, [*graph.outputs[:count], *handed])
+        self.second = _function(graph, [*graph.inputs, *handed], rest, graph.outputs[count:])
+        self.costs = (sum(map(cost.of_node, ordered)), sum(map(cost.of_node, rest)))
+
+
+def _ancestors(values: Sequence[Value]) -> set[Node]:
+    found: set[Node] = set()
+    stack = list(values)
+    while stack:
+        node = stack.pop().node
+        if node is not None and node not in found:
+            found.add(node)
+            stack += node.inputs
+    return found
+
+
+def _accumulating(run: Callable[..., list[Any]], before: int, accumulators: Sequence[Any], name: str) -> Any:
+    """`run`, whose results after the first `before` are gradients, adding them to accumulators that are donated."""
+    count = len(accumulators)
+
+    def add(*arrays: Any) -> list[Any]:
+        split = len(arrays) - count
+        results = run(*arrays[:split])
+        sums = [old + new.astype(old.dtype) for old, new in zip(arrays[split:], results[before:], strict=True)]
+        return [*results[:before], *sums]
+
+    return _Donating(add, count, name)
+
+
+class _Donating:
+    """A jitted function that donates its last `count` arguments, however many there are before them."""
+
+    def __init__(self, run: Callable[..., list[Any]], count: int, name: str) -> None:
+        def split(kept: tuple[Any, ...], donated: tuple[Any, ...]) -> list[Any]:
+            return run(*kept, *donated)
+
+        split.__name__ = split.__qualname__ = name
+        self._count = count
+        self._jitted = accelerate(split, donate_argnums=1)
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        place = len(arrays) - self._count
+        return self._jitted(arrays[:place], arrays[place:])
