@@ -146,10 +146,25 @@ def batches(call: Call, reaching: Iterable[int], options: Options) -> list[Batch
     sizes: dict[int, list[int]] = {}
     for n in reversed(leaves):
         sizes.setdefault(call.leaves[n].shape[0], []).append(n)
-    found = [Batch(tuple(sorted(own)), size) for size, own in sizes.items() if size > 1]
+    found = [
+        Batch(tuple(sorted(chosen)), size)
+        for size, own in sizes.items()
+        for chosen in _choices(call, own, fixed=options.batch is not None)
+        if size > 1
+    ]
     if not found:
         raise Refusal("no argument of the step looks like a batch", "Name those that do: batch_argnames=('batch',).")
     return found
+
+
+def _choices(call: Call, leaves: list[int], fixed: bool) -> list[list[int]]:
+    """All of these leaves; then, as a table may be as long as the batch, those of all arguments but one, or of one."""
+    owners = list(dict.fromkeys(call.owners[n] for n in leaves))
+    if fixed or len(owners) == 1:
+        return [leaves]
+    but_one = [[n for n in leaves if call.owners[n] != owner] for owner in reversed(owners)]
+    single = [[n for n in leaves if call.owners[n] == owner] for owner in owners]
+    return [leaves, *but_one, *(single if len(owners) > 2 else [])]
 
 
 def _candidates(call: Call, reached: set[int]) -> set[str]:

@@ -35,7 +35,7 @@ def run(step, args, state, steps):
         result = step(*args)
         objects = [arg for arg in args if isinstance(arg, nnx.Module | nnx.Optimizer)]
         found.append(leaves((result, [nnx.state(item) for item in objects])))
-        args = (*(result[:state] if state > 1 else [result[0]][:state]), *args[state:])
+        args = (*result[:state], *args[state:]) if state else args
     return found
 
 
