@@ -188,6 +188,11 @@ def short_type(aval: Any) -> str:
     return aval.str_short(short_dtypes=True) if hasattr(aval, "str_short") else str(aval)
 
 
+def array_type(shape: Sequence[int], dtype: Any) -> Any:
+    """The abstract value of an array."""
+    return core.ShapedArray(tuple(shape), dtype)
+
+
 def same_type(a: Any, b: Any) -> bool:
     """True where two abstract values agree in everything but weak typing."""
     return core.typecompat(a, b) and getattr(a, "weak_type", None) == getattr(b, "weak_type", None)

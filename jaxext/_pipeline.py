@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,11 @@ import jax
 from . import _jax_compat as compat
 from . import _settings
 from ._check import Checked, has_nnx
-from .pipelining import arguments, build
+from .pipelining import arguments, build, measuring
 from .pipelining.arguments import Call, Options
 from .pipelining.build import Built, Request
 from .pipelining.plan import PipelinePlan
+from .pipelining.simulate import Costs
 from .rewrite import hooks
 
 _JIT_OPTIONS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
@@ -91,6 +93,7 @@ class Pipelined:
         self._request = request
         self._lock = threading.Lock()
         self._built: dict[Any, Built] = {}
+        self._plain: Callable[..., Any] | None = None
         self._anchor = hooks.Relying()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +111,17 @@ class Pipelined:
         """
         return self._build(arguments.flatten(self._step, self._signature, self._options, args, kwargs)).plan
 
+    def measure(self, *args: Any, **kwargs: Any) -> tuple[Any, Costs]:
+        """One step whose actions run one at a time and are timed: its result, and the seconds of each stage's passes.
+
+        Call it after a step, so that everything is compiled.
+        """
+        call = arguments.flatten(self._step, self._signature, self._options, args, kwargs)
+        built = self._build(call)
+        stopwatch = measuring.Stopwatch(built.schedule)
+        results = built.executor()(call.leaves, watch=stopwatch)
+        return call.results(results, built.output), stopwatch.costs(built.costs)
+
     def _build(self, call: Call) -> Built:
         with self._lock:
             found = self._built.get(call.key)
@@ -118,14 +132,16 @@ class Pipelined:
 
     def _undivided(self, args: Any, kwargs: Any) -> Any:
         """The step by plain JAX on the first device."""
-        device = self._request.available()[0]
-        options = {"static_argnames": tuple(self._options.static)}
-        if has_nnx((args, kwargs)):
-            from flax import nnx
-
-            return nnx.jit(self._step, **options)(*args, **kwargs)
-        args, kwargs = jax.tree.map(lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x, (args, kwargs))
-        return jax.jit(self._step, **options)(*args, **kwargs)
+        nnx = sys.modules.get("flax.nnx") if has_nnx((args, kwargs)) else None
+        plain = self._plain
+        if plain is None:
+            plain = self._plain = (nnx or jax).jit(self._step, static_argnames=tuple(self._options.static))
+        if nnx is None:
+            device = self._request.available()[0]
+            args, kwargs = jax.tree.map(
+                lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x, (args, kwargs)
+            )
+        return plain(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)

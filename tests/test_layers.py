@@ -16,6 +16,7 @@ SOURCES = [*MODULES, *sorted((ROOT / "native").rglob("*.*")), *sorted((ROOT / "t
 ALLOWED = {
     "kernels": {"kernels", "_jax_compat", "_native"},
     "rewrite": {"rewrite", "kernels", "_jax_compat", "_settings"},
+    "pipelining": {"pipelining", "rewrite", "kernels", "_accelerate", "_check", "_jax_compat", "_settings"},
     "_jax_compat": set(),
     "_settings": {"_jax_compat"},
     "abtest": {"abtest", "accelerate", "disabled", "explain", "kernels", "_memory", "_native", "_settings"},

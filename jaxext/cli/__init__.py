@@ -9,6 +9,7 @@ COMMANDS = {
     "run": "run a program with jaxext installed",
     "ab": "prove by a paired speed test what jaxext brings to a step or a program",
     "explain": "list what jaxext replaces in a step, and why not more",
+    "pipeline": "plan a step over pipeline stages, compare it with plain JAX, and time it",
     "doctor": "show what this machine offers and what costs speed",
 }
 

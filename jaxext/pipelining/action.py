@@ -16,13 +16,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 
-class Kind(str, enum.Enum):
+class Kind(enum.StrEnum):
     """F: forward. B: backward, cotangents and gradients at once. I: cotangents of a stage's inputs alone. W: gradients
     of its weights, from what I left. SEND_F and RECV_F move activations, SEND_B and RECV_B cotangents; DELETE frees."""
 
     F = "F"
     B = "B"
-    I = "I"  # noqa: E741
+    I = "I"
     W = "W"
     SEND_F = "SEND_F"
     RECV_F = "RECV_F"
@@ -93,7 +93,9 @@ class Schedule:
         rows = [[self.cell(action, rank) for action in actions] for rank, actions in enumerate(self.actions)]
         width = max((len(cell) for row in rows for cell in row), default=1)
         lines = [self._header()]
-        lines += [f"rank {rank}: " + " ".join(cell.ljust(width) for cell in row).rstrip() for rank, row in enumerate(rows)]
+        lines += [
+            f"rank {rank}: " + " ".join(cell.ljust(width) for cell in row).rstrip() for rank, row in enumerate(rows)
+        ]
         return "\n".join(lines) + "\n"
 
     def _header(self) -> str:

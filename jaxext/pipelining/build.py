@@ -147,16 +147,12 @@ def build(
     with collecting(report), _settings.use(settings):
         compiled = compile_step(captured, typing, len(devices) * request.chunks(), microbatches, given_up)
     costs = _costs(compiled)
-    schedule = schedules.make(
-        request.schedule, len(devices), microbatches, num_chunks=request.chunks(), costs=costs
-    )
+    schedule = schedules.make(request.schedule, len(devices), microbatches, num_chunks=request.chunks(), costs=costs)
     plan = PipelinePlan.of(name, compiled, schedule, costs, size, report, devices)
     return Built(compiled, schedule, costs, plan, output, devices)
 
 
-def _divide(
-    call: Call, captured: Captured, options: Options, request: Request, name: str
-) -> tuple[Typing, int, int]:
+def _divide(call: Call, captured: Captured, options: Options, request: Request, name: str) -> tuple[Typing, int, int]:
     """The loss on a part of the batch beside the loss on the batch, the batch's size, the number of microbatches.
 
     Where several arguments may be the batch, it is the first whose examples the loss sums over.

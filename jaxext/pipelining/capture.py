@@ -164,5 +164,5 @@ def _differentiable(loss: Loss) -> Callable[..., list[Any]]:
 
 @_LOSS.def_abstract_eval
 def _types(*_: Any, loss: Loss) -> list[Any]:
-    gradients = [jax.core.ShapedArray(value.shape, value.dtype) for value in loss.gradients]
+    gradients = [compat.array_type(value.shape, value.dtype) for value in loss.gradients]
     return [*(value.aval for value in loss.graph.outputs), *gradients]

@@ -171,7 +171,7 @@ def _segment(graph: Graph, segment: Segment, donated: Sequence[Value], placed: P
         return _jitted(segment.nodes, segment.inputs, segment.outputs, f"before_{name}")
     later = placed.segments[placed.segments.index(segment) + 1 :]
     kept = {value for other in later for value in other.inputs} | set(graph.outputs)
-    room = [(value.shape, value.dtype) for value in segment.outputs]
+    room: list[tuple[Any, Any]] = [(value.shape, value.dtype) for value in segment.outputs]
     free = []
     for number, value in enumerate(segment.inputs):
         usable = value in donated or (value.node is not None and value.node.primitive == "jaxext_loss")
@@ -201,7 +201,6 @@ def finish(typing: Typing, stage: Stage, number: int) -> Callable[[list[list[Any
 
     run.__name__ = run.__qualname__ = f"stage{number}_finish"
     return jax.jit(run)
-
 
 
 def combine_gradients(parts: Sequence[Any], dtype: Any) -> Any:

@@ -15,14 +15,14 @@ import numpy as np
 
 from .. import _jax_compat as compat
 from ..rewrite.trace import Node, Value
-from . import cost
+from . import cost, rows
 from .microbatch import Kind, Typing
 from .refusal import Refusal
 from .stage import Join, Layers, Operation, Stage
 
 # What a cut of the median width costs, as a share of the whole loss.
 _CUT_PRICE = 0.02
-_SCOPE = re.compile(r"(?:^|/)([\w.]+)$")
+_LAYER = re.compile(r"[\w./]+")
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,7 +38,7 @@ def wanted(typing: Typing) -> list[Value]:
     """Values of the loss that a microbatch has to give: its outputs, and what of it the whole batch is needed for."""
     found: dict[Value, None] = {}
     stack = list(typing.micro.outputs)
-    seen: set[Value] = set()
+    seen: set[Value] = set(typing.micro.inputs)
     while stack:
         value = stack.pop()
         if value in seen or value.const is not None:
@@ -159,6 +159,7 @@ def _dynamic_program(share: np.ndarray, places: list[int], prices: list[float], 
 def _stages(typing: Typing, order: list[_Item], ends: list[int], collected: list[Value]) -> list[Stage]:
     groups = [order[start:end] for start, end in zip([0, *ends], ends)]
     operations = _operations(typing, groups, collected)
+    constant = _constant(typing)
     last = len(groups) - 1
     made: dict[Value, int] = {}
     stages = []
@@ -167,9 +168,9 @@ def _stages(typing: Typing, order: list[_Item], ends: list[int], collected: list
         if number == last:
             own_collected += [v for v in collected if typing.types[v].kind is Kind.PARAMETER]
         needed = [*(v for op in own for v in op.inputs), *own_collected]
-        everything = [*_on_parameters(typing, needed), *own]
+        everything = [*_repeated(typing, needed, constant), *own]
         made.update((value, number) for op in own for value in op.outputs)
-        parameters, data = _reads(typing, everything, own_collected)
+        parameters, data = _reads(typing, everything, own_collected, constant)
         spent = sum(item.cost for item in groups[number])
         stage = Stage(everything, parameters, data, [], [], own_collected, spent, *_described(groups[number]))
         stages.append(stage)
@@ -212,9 +213,7 @@ def _layers(
     incoming = carried.get(node, node.inputs[constants : constants + carry])
     last = stop == length
     outgoing = node.outputs[:carry] if last else [_like(typing, v, v.aval) for v in node.outputs[:carry]]
-    results = [
-        _like(typing, v, v.aval.update(shape=(stop - start, *v.aval.shape[1:]))) for v in node.outputs[carry:]
-    ]
+    results = [_like(typing, v, v.aval.update(shape=(stop - start, *v.aval.shape[1:]))) for v in node.outputs[carry:]]
     carried[node] = outgoing
     chunks.setdefault(node, []).extend(results)
     inputs = [*node.inputs[:constants], *incoming, *node.inputs[constants + carry :]]
@@ -230,27 +229,52 @@ def _like(typing: Typing, value: Value, aval: object) -> Value:
     return new
 
 
-def _on_parameters(typing: Typing, needed: Iterable[Value]) -> list[Node]:
-    """Operations on parameters alone that these values need, in program order."""
+def _constant(typing: Typing) -> set[Node]:
+    """Operations that depend on no argument at all and are alike for all examples, as those that make a causal mask."""
+    found: set[Node] = set()
+    for node, full in zip(typing.micro.nodes, typing.full.nodes):
+        known = all(value.const is not None or value.node in found for value in node.inputs)
+        if known and not node.eqn.effects and _alike(typing, node, full):
+            found.add(node)
+    return found
+
+
+def _alike(typing: Typing, node: Node, full: Node) -> bool:
+    """True where all rows of a result are the same, those of the operands being so."""
+    axes = [typing.types[value].axis for value in node.inputs]
+    results = [typing.types[value].axis for value in node.outputs]
+    if all(axis is None for axis in (*axes, *results)):
+        return True
+    if node.primitive == "iota":
+        return node.params["dimension"] != results[0]
+    return all(rows.rule(node, full, axes, axis) == rows.ROWS for axis in results)
+
+
+def _repeated(typing: Typing, needed: Iterable[Value], constant: set[Node]) -> list[Node]:
+    """What these values need of operations on parameters alone and on nothing, in program order."""
     found: set[Node] = set()
     stack = list(needed)
     while stack:
         value = stack.pop()
         node = value.node
-        if node is not None and node not in found and typing.types[value].kind is Kind.PARAMETER:
+        if node is None or node in found:
+            continue
+        if typing.types[value].kind is Kind.PARAMETER or node in constant:
             found.add(node)
             stack += node.inputs
     return sorted(found, key=lambda node: node.position)
 
 
-def _reads(typing: Typing, operations: list[Operation], collected: list[Value]) -> tuple[list[Value], list[Value]]:
+def _reads(
+    typing: Typing, operations: list[Operation], collected: list[Value], constant: set[Node]
+) -> tuple[list[Value], list[Value]]:
     parameters: dict[Value, None] = {}
     data: dict[Value, None] = {}
     inputs = set(typing.micro.inputs)
     for value in (*(v for op in operations for v in op.inputs), *collected):
         if value in inputs:
             parameters[value] = None
-        elif value.const is None and typing.types[value].kind is Kind.DATA:
+        elif value.const is None and typing.types[value].kind is Kind.DATA and value.node not in constant:
             data[value] = None
     return list(parameters), list(data)
 
@@ -270,8 +294,10 @@ def _connect(stages: list[Stage], operations: list[list[Operation]], made: dict[
 
 
 def _described(group: list[_Item]) -> tuple[tuple[str, str], tuple[str, ...]]:
-    heavy = sorted(group, key=lambda item: item.cost)[-max(1, len(group) // 4) :]
-    chosen = [item for item in group if item in heavy]
-    lines = [line for item in chosen if (line := compat.user_line(item.node.eqn))]
-    scopes = [scope for item in chosen if (scope := compat.name_scopes(item.node.eqn))]
+    """The lines and the name scopes of the costly operations."""
+    heavy = set(sorted(group, key=lambda item: item.cost)[-max(1, len(group) // 4) :])
+    chosen = [item.node.eqn for item in group if item in heavy]
+    lines = [line for eqn in chosen if (line := compat.user_line(eqn))]
+    # Transformations and the equations of einsum are scopes too, but no layers.
+    scopes = [scope for eqn in chosen if _LAYER.fullmatch(scope := compat.name_scopes(eqn))]
     return (lines[0], lines[-1]) if lines else ("", ""), tuple(dict.fromkeys(scopes))

@@ -6,7 +6,7 @@ JAX's dispatch is asynchronous, so that one thread keeps all devices busy: an ac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from ..rewrite.trace import Value
 from . import compiled as compiling
 from .action import Action, Kind
 from .compiled import CompiledStep, Function
+
+Watch = Callable[[Action, list[Any]], None]
 
 
 class _Arrays:
@@ -65,8 +67,8 @@ class LocalExecutor:
         place = jax.sharding.SingleDeviceSharding(self._devices[stage])
         return jax.jit(lambda: [jnp.zeros(t.shape, t.dtype) for t in types], out_shardings=place)
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """The results of the step for its flat inputs."""
+    def __call__(self, inputs: Sequence[Any], watch: Watch | None = None) -> list[Any]:
+        """The results of the step for its flat inputs; `watch` is told of each action, and of what it gave."""
         step = self._step
         arrays = _Arrays(self._devices)
         graph = step.captured.graph
@@ -74,7 +76,7 @@ class LocalExecutor:
             stage = step.placement.home(value)
             arrays.put(value, stage, jax.device_put(array, self._devices[stage]))
         self._segments(arrays, before=True)
-        self._loss(arrays)
+        self._loss(arrays, watch)
         self._segments(arrays, before=False)
         return [arrays.get(value, step.placement.home(value)) for value in graph.outputs]
 
@@ -92,7 +94,7 @@ class LocalExecutor:
 
     # ------------------------------------------------------------ the loss
 
-    def _loss(self, arrays: _Arrays) -> None:
+    def _loss(self, arrays: _Arrays, watch: Watch | None) -> None:
         step = self._step
         node, loss = step.captured.node, step.captured.loss
         outside = dict(zip(loss.operands, node.inputs))
@@ -102,7 +104,9 @@ class LocalExecutor:
             [arrays.get(inside[value], n) for value in stage.parameters] for n, stage in enumerate(step.stages)
         ]
         for action in self._order:
-            run.act(action)
+            results = run.act(action)
+            if watch is not None:
+                watch(action, results)
         self.last_run = LastRun(run.peak)
         count = len(loss.graph.outputs)
         self._results(arrays, run)
@@ -115,7 +119,7 @@ class LocalExecutor:
         return dict(zip(function.outputs, function.run(*given), strict=True))
 
     def _results(self, arrays: _Arrays, run: _LossRun) -> None:
-        step = self._step
+        step, node = self._step, self._step.captured.node
         last = step.num_stages - 1
         found = _Arrays(self._devices)
         for number, stage in enumerate(step.stages):
@@ -125,9 +129,12 @@ class LocalExecutor:
                     found.put(step.typing.pair[value], number, array)
         for value, array in run.data[last].items():
             found.put(value, last, array)
+        for value, outside, stage in zip(step.typing.full.inputs, node.inputs, step.homes):
+            # A result may be a parameter as it was.
+            found.put(value, stage, arrays.get(outside, stage))
         if step.epilogue is not None:
             self._call(step.epilogue, found, last)
-        for value, whole in zip(step.captured.node.outputs, step.typing.full.outputs):
+        for value, whole in zip(node.outputs, step.typing.full.outputs):
             stage = step.placement.home(value)
             arrays.put(value, stage, found.get(whole, stage))
 
@@ -170,19 +177,21 @@ class _LossRun:
         self._live = [0] * step.num_stages
         self.peak = [0] * step.num_stages
 
-    def act(self, action: Action) -> None:
+    def act(self, action: Action) -> list[Any]:
+        """Dispatch an action; all arrays that it gives."""
         stage, microbatch = action.stage, action.microbatch
         match action.kind:
             case Kind.F:
-                self._forward(stage, microbatch)
+                return self._forward(stage, microbatch)
             case Kind.B:
-                self._backward(stage, microbatch)
+                return self._backward(stage, microbatch)
             case Kind.I:
-                self._input(stage, microbatch)
+                return self._input(stage, microbatch)
             case Kind.W:
-                self._weights(stage, microbatch)
+                return self._weights(stage, microbatch)
+        raise ValueError(f"{action.kind} is not for an executor of one process")
 
-    def _forward(self, stage: int, microbatch: int) -> None:
+    def _forward(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
         received = jax.device_put(self._sent.pop((stage - 1, microbatch), []), self._devices[stage])
         number = self._numbers[stage][microbatch]
@@ -194,31 +203,35 @@ class _LossRun:
         self._residuals[stage, microbatch] = program.kept.gather(arguments, returned)
         self._live[stage] += 1
         self.peak[stage] = max(self.peak[stage], self._live[stage])
+        return returned
 
     def _incoming(self, stage: int, microbatch: int) -> list[Any]:
         """Residuals, then the cotangents of what the stage sent."""
         cotangents = jax.device_put(self._cotangents.pop((stage + 1, microbatch), []), self._devices[stage])
         return [*self._residuals[stage, microbatch], *cotangents]
 
-    def _backward(self, stage: int, microbatch: int) -> None:
+    def _backward(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
         incoming = self._incoming(stage, microbatch)
         results = program.backward(*incoming, *self.totals[stage])
         self._cotangents[stage, microbatch] = results[: len(program.float_received)]
         self.totals[stage] = results[len(program.float_received) :]
         self._free(stage, microbatch)
+        return results
 
-    def _input(self, stage: int, microbatch: int) -> None:
+    def _input(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
         incoming = self._incoming(stage, microbatch)
         results = program.cotangents(*incoming)
         self._cotangents[stage, microbatch] = results[: len(program.float_received)]
         self._handed[stage, microbatch] = [*incoming, *results[len(program.float_received) :]]
+        return results
 
-    def _weights(self, stage: int, microbatch: int) -> None:
+    def _weights(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
         self.totals[stage] = program.weights(*self._handed.pop((stage, microbatch)), *self.totals[stage])
         self._free(stage, microbatch)
+        return self.totals[stage]
 
     def _free(self, stage: int, microbatch: int) -> None:
         del self._residuals[stage, microbatch]

@@ -67,9 +67,9 @@ class Typing:
 
 
 _LINEAR = frozenset(
-    """neg convert_element_type reshape squeeze expand_dims broadcast_in_dim transpose copy copy_p reduce_sum cumsum
-    slice pad real imag conj name optimization_barrier""".split()
-)
+    ("neg", "convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "copy",
+     "copy_p", "reduce_sum", "cumsum", "slice", "pad", "real", "imag", "conj", "name", "optimization_barrier")
+)  # fmt: skip
 _GENERATORS = frozenset(("random_bits", "iota", "threefry2x32", "random_gamma"))
 # Functions called with exactly the operands of the node.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
@@ -113,7 +113,7 @@ def _axis(typing: Typing, value: Value) -> int | None:
     if len(ours) != len(theirs) or len(differing) > 1:
         where = compat.user_line(value.node.eqn) if value.node is not None else ""
         raise Refusal(
-            f"an array of the loss has the batch in more than one axis ({theirs} for the batch, {ours} for a part of it)",
+            f"an array of the loss has the batch in more than one axis ({theirs} for the batch, {ours} for a part)",
             "Losses that compare examples with each other (contrastive losses) need the whole batch at once.",
             where,
         )
@@ -146,7 +146,9 @@ class _Inference:
         if value not in types:  # a literal, or a constant of a called function
             types[value] = Type(Kind.DATA, _axis(self.typing, value))
             if self.nested and not _same_constant(value, self.typing.pair[value]):
-                types[value] = Type(Kind.WHOLE, None, "a function inside it has a constant that depends on the batch size")
+                types[value] = Type(
+                    Kind.WHOLE, None, "a function inside it has a constant that depends on the batch size"
+                )
         return types[value]
 
     def _outputs(self, node: Node, full: Node) -> list[Type]:
@@ -239,9 +241,7 @@ def _functions(outer: _Inference, node: Node, full: Node, operands: list[Type]) 
     return None
 
 
-def _inside(
-    outer: _Inference, micro: Any, full: Any, operands: Sequence[Type], derivative: bool = False
-) -> list[Type]:
+def _inside(outer: _Inference, micro: Any, full: Any, operands: Sequence[Type], derivative: bool = False) -> list[Type]:
     typing = outer.typing
     theirs, ours = trace.build(full), trace.build(micro)
     _pair(typing, theirs, ours)
@@ -399,7 +399,7 @@ def refuse_unless_sum(typing: Typing, name: str) -> None:
     for node in typing.micro.nodes:
         if node.eqn.effects:
             raise Refusal(
-                f"{name} has a side effect ({node.primitive}), which would run once for each microbatch and out of order",
+                f"{name} has a side effect ({node.primitive}), which would happen for each microbatch and out of order",
                 "Return what you want to see as aux, and print it outside of the loss.",
                 compat.user_line(node.eqn),
             )
@@ -412,4 +412,3 @@ def refuse_unless_sum(typing: Typing, name: str) -> None:
         )
     if found.kind is not Kind.SUM:
         raise Refusal(f"{name} does not add up over the examples of the batch", "Return a sum or mean over the batch.")
-

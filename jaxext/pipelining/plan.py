@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from ..rewrite.report import Report
 from . import cost, simulate, timeline
@@ -126,10 +127,10 @@ class PipelinePlan:
         )
         yield _table(self.stages)
         yield (
-            f"predicted from counted costs: {self.speedup:.2f}× one device, bubble {self.bubble:.0%} of the step; "
+            f"predicted from counted costs: {self.speedup:.2f}x one device, bubble {self.bubble:.0%} of the step; "
             f"kernels in the stages: {', '.join(sorted(self.report.kernels())) or 'none'}"
         )
-        yield timeline.to_ascii(self.timeline, min(options.max_width, 100))
+        yield Text(timeline.to_ascii(self.timeline, min(options.max_width, 100)), no_wrap=True)
         for note in self.notes:
             yield f"note: {note}"
 
@@ -141,19 +142,28 @@ class PipelinePlan:
 
 def _table(stages: Sequence[StagePlan]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "device", "first to last line", "layers"):
+    for heading in ("stage", "device", "lines", "layers"):
         table.add_column(heading, overflow="fold")
-    for heading in ("cost", "sends", "parameters", "residuals × live", "memory"):
+    for heading in ("cost", "sends", "parameters", "residuals x live", "memory"):
         table.add_column(heading, justify="right")
     for number, stage in enumerate(stages):
         shared = f" ({_size(stage.shared_bytes)} shared)" if stage.shared_bytes else ""
-        lines = stage.lines[0] if stage.lines[0] == stage.lines[1] else f"{stage.lines[0]} – {stage.lines[1]}"
         table.add_row(
-            str(number), stage.device, lines, _span(stage.layers), f"{stage.share:.0%}", _size(stage.sends_bytes),
-            _size(stage.parameter_bytes) + shared, f"{_size(stage.residual_bytes)} × {stage.peak_live}",
+            str(number), stage.device, _lines(*stage.lines), _span(stage.layers), f"{stage.share:.0%}",
+            _size(stage.sends_bytes),
+            _size(stage.parameter_bytes) + shared, f"{_size(stage.residual_bytes)} x {stage.peak_live}",
             _size(stage.memory_bytes),
         )  # fmt: skip
     return table
+
+
+def _lines(first: str, last: str) -> str:
+    """`model.py:12-40` of two lines such as `src/model.py:12 (block)`."""
+    places = [line.partition(" ")[0].rpartition(":") for line in (first, last)]
+    (one, start), (other, stop) = ((Path(path).name, line) for path, _, line in places)
+    if one != other:
+        return f"{one}:{start} to {other}:{stop}"
+    return f"{one}:{start}" if start == stop or not start else f"{one}:{start}-{stop}"
 
 
 def _span(layers: Sequence[str]) -> str:
@@ -213,5 +223,5 @@ def _notes(step: CompiledStep, stages: Sequence[StagePlan], speedup: float, num_
             "once a step"
         )
     if speedup < 1.2 and num_devices > 1:
-        notes.append(f"this does not pay: {num_devices} devices are predicted to be {speedup:.2f}× as fast as one")
+        notes.append(f"this does not pay: {num_devices} devices are predicted to be {speedup:.2f}x as fast as one")
     return notes

@@ -83,7 +83,12 @@ class _Builder:
     def build(self) -> StageProgram:
         stage, typing = self._stage, self._typing
         data = [typing.pair[value].aval for value in stage.data]
-        avals = [*(v.aval for v in stage.parameters), *(v.aval for v in stage.receives), *data, jax.typeof(jnp.int32(0))]
+        avals = [
+            *(v.aval for v in stage.parameters),
+            *(v.aval for v in stage.receives),
+            *data,
+            jax.typeof(jnp.int32(0)),
+        ]
         closed = compat.trace(self._forward, avals, name=f"{self._name}_forward")
         plain = len(stage.sends) + len(stage.collected)
         forward, kept, types = _without_copies(closed, plain)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..rewrite.trace import Node
 
@@ -17,12 +16,15 @@ ROWS, SUM = "rows", "sum"
 Axes = Sequence[int | None]
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or polygamma population_count
-    pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin
-    sinh sqrt square stop_gradient sub tan tanh xor name optimization_barrier complex igamma igammac""".split()
-)
+    ("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
+     "bessel_i1e", "cbrt", "ceil", "clamp", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh",
+     "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "imag",
+     "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
+     "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real", "reduce_precision",
+     "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
+     "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "name",
+     "optimization_barrier", "complex", "igamma", "igammac")
+)  # fmt: skip
 # Operations along the last axes, batched over all others: how many axes.
 _LAST_AXES = {"cholesky": 2, "triangular_solve": 2, "eigh": 2, "qr": 2, "lu": 2, "svd": 2, "householder_product": 2}
 
@@ -40,8 +42,10 @@ def rule(node: Node, full: Node, axes: Axes, out: int | None) -> str:
     if found is not None:
         return found(node, full, axes, out)
     if name in _LAST_AXES:
-        return ROWS if axes[0] == out and out is not None and out < node.inputs[0].aval.ndim - _LAST_AXES[name] else (
-            f"{name} works along the batch"
+        return (
+            ROWS
+            if axes[0] == out and out is not None and out < node.inputs[0].aval.ndim - _LAST_AXES[name]
+            else (f"{name} works along the batch")
         )
     return f"{name} is not known to treat examples one by one"
 

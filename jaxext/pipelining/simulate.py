@@ -24,8 +24,9 @@ class Costs:
     def even(cls, num_stages: int, forward: float = 1.0, backward_input: float = 1.0, backward_weight: float = 1.0,
              transfer: float = 0.0) -> Costs:  # fmt: skip
         """The same for every stage."""
-        each = ((value,) * num_stages for value in (forward, backward_input, backward_weight))
-        return cls(*each, transfer)
+        return cls(
+            (forward,) * num_stages, (backward_input,) * num_stages, (backward_weight,) * num_stages, transfer
+        )  # fmt: skip
 
     def of(self, action: Action) -> float:
         """The duration of an action; moving and freeing take no time of the rank."""
@@ -77,7 +78,9 @@ class DeadlockError(ValueError):
 
     def __init__(self, stuck: dict[int, Action]) -> None:
         self.stuck = stuck
-        waiting = ", ".join(f"rank {rank} at {a.kind.value}{a.microbatch} of stage {a.stage}" for rank, a in stuck.items())
+        waiting = ", ".join(
+            f"rank {rank} at {a.kind.value}{a.microbatch} of stage {a.stage}" for rank, a in stuck.items()
+        )
         super().__init__(f"the schedule cannot go on: {waiting} wait for what is never done before.")
 
 

@@ -81,6 +81,8 @@ def to_plot(timeline: Timeline, path: str | Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     kinds = [kind for kind in _COLOURS if any(event.action.kind is kind for event in timeline.events)]
     handles = [patches.Patch(color=_COLOURS[kind], label=_NAMES[kind]) for kind in kinds]
-    axes.set_title(f"{timeline.schedule.name}: {timeline.bubble / timeline.makespan:.0%} bubble", loc="left", fontsize=10)
+    axes.set_title(
+        f"{timeline.schedule.name}: {timeline.bubble / timeline.makespan:.0%} bubble", loc="left", fontsize=10
+    )
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=8)
     figure.savefig(path)

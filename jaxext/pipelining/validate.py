@@ -42,7 +42,9 @@ def _complete(schedule: Schedule) -> None:
     for rank, actions in enumerate(schedule.actions):
         for action, count in Counter(actions).items():
             if schedule.placement[action.stage] != rank:
-                raise _error(schedule, rank, action, f"stage {action.stage} is on rank {schedule.placement[action.stage]}")
+                raise _error(
+                    schedule, rank, action, f"stage {action.stage} is on rank {schedule.placement[action.stage]}"
+                )
             if count > 1:
                 raise _error(schedule, rank, action, f"it is done {count} times")
     done = {action for actions in schedule.actions for action in actions}
@@ -61,8 +63,8 @@ def _matched(schedule: Schedule) -> None:
     """Every receive has its send, and a pair of ranks sends in the order in which it receives."""
     if not any(action.kind in SENDS for actions in schedule.actions for action in actions):
         return
-    sent: dict[tuple[int, int | None], list[tuple[Kind, int, int]]] = {}
-    received: dict[tuple[int | None, int], list[tuple[Kind, int, int]]] = {}
+    sent: dict[tuple[int | None, int | None], list[tuple[Kind, int, int]]] = {}
+    received: dict[tuple[int | None, int | None], list[tuple[Kind, int, int]]] = {}
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
             if action.kind in SENDS:
@@ -93,7 +95,9 @@ def _error(schedule: Schedule, rank: int, action: Action, reason: str) -> Schedu
     lines = []
     for number, actions in enumerate(schedule.actions):
         shown = range(max(0, place - _AROUND), min(len(actions), place + _AROUND + 1))
-        cells = [schedule.cell(actions[n], number) if schedule.placement[actions[n].stage] == number else "?" for n in shown]
+        cells = [
+            schedule.cell(actions[n], number) if schedule.placement[actions[n].stage] == number else "?" for n in shown
+        ]
         if number == rank:
             cells[place - shown.start] = f"[{cells[place - shown.start]}]"
         lines.append(f"  rank {number}: {' '.join(cells)}")

@@ -71,7 +71,12 @@ def multilayer_perceptron():
         nll = -jax.nn.log_softmax(logits)[jnp.arange(x.shape[0]), labels]
         decay = 1e-3 * jnp.sum(params["out"] ** 2)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-        return nll.mean() + decay, {"accuracy": accuracy, "nll": nll, "perplexity": jnp.exp(nll.mean()), "n": labels.max()}
+        return nll.mean() + decay, {
+            "accuracy": accuracy,
+            "nll": nll,
+            "perplexity": jnp.exp(nll.mean()),
+            "n": labels.max(),
+        }
 
     def step(params, state, x, labels):
         (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x, labels)
@@ -296,7 +301,7 @@ class ConvNet(nn.Module):
         first = nn.relu(nn.Conv(8, (3, 3))(x))
         second = nn.relu(nn.Conv(16, (3, 3), strides=2)(first))
         middle = nn.relu(nn.Conv(16, (3, 3))(nn.GroupNorm(4)(second)))
-        up = jax.image.resize(middle, first.shape[:3] + (16,), "nearest")
+        up = jax.image.resize(middle, (*first.shape[:3], 16), "nearest")
         x = jnp.concatenate([first, nn.Conv(8, (3, 3))(up)], -1)
         return nn.Conv(3, (3, 3))(nn.max_pool(x, (3, 3), padding="SAME"))
 

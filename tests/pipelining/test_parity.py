@@ -15,7 +15,9 @@ HALF = {"scan_over_layers_remat_bf16"}
 CASES = [("gpipe", 2, 2), ("1f1b", 2, 8), ("1f1b", 3, 4), ("interleaved_1f1b", 2, 4), ("zb_h1", 4, 8), ("zb_v", 2, 4),
          ("dualpipe_v", 2, 8), ("auto", 4, 4), ("1f1b", 4, 2), ("zb_h1", 2, 2)]  # fmt: skip
 CHOSEN = [
-    (program.name, *CASES[(3 * number + k * 4) % len(CASES)]) for number, program in enumerate(PROGRAMS) for k in range(2)
+    (program.name, *CASES[(3 * number + k * 4) % len(CASES)])
+    for number, program in enumerate(PROGRAMS)
+    for k in range(2)
 ]
 
 

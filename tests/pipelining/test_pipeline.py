@@ -147,7 +147,9 @@ def test_arguments_by_name_and_static_ones():
 
 def test_an_argument_that_is_no_array_is_an_error_that_names_the_remedy():
     pipelined, args = made()
-    with pytest.raises(TypeError, match="argument 'labels' holds a str, which is no array. Name it in static_argnames"):
+    with pytest.raises(
+        TypeError, match=r"argument 'labels' holds a str, which is no array\. Name it in static_argnames"
+    ):
         pipelined(*args[:3], "labels")
 
 

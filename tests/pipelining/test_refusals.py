@@ -174,7 +174,10 @@ def mean_square(params, x):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_stages": 2, "num_microbatches": 3}, r"num_microbatches=3 does not divide the batch of 16\. Use one of 1, 2"),
+        (
+            {"num_stages": 2, "num_microbatches": 3},
+            r"num_microbatches=3 does not divide the batch of 16\. Use one of 1, 2",
+        ),
         ({"num_stages": 2, "num_microbatches": 16}, "leaves one example in each microbatch"),
         ({"num_stages": 2, "num_microbatches": 1}, "keeps one device busy at a time"),
         ({"num_stages": 99}, r"num_stages=99, but there are \d+ devices"),

@@ -97,9 +97,7 @@ def test_dualpipe_v_has_a_bubble_of_one_pass_a_rank_at_most(ranks):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    ranks=st.integers(1, 8), microbatches=st.integers(1, 24), data=st.data(), transfer=st.sampled_from([0.0, 0.3])
-)
+@given(ranks=st.integers(1, 8), microbatches=st.integers(1, 24), data=st.data(), transfer=st.sampled_from([0.0, 0.3]))
 def test_auto_is_never_slower_than_1f1b_or_zb_h1_and_keeps_within_their_memory(ranks, microbatches, data, transfer):
     each = st.lists(st.floats(0.1, 4.0), min_size=ranks, max_size=ranks)
     costs = Costs(*(tuple(data.draw(each)) for _ in range(3)), transfer)

@@ -35,12 +35,11 @@ def v_placement(num_ranks: int) -> tuple[int, ...]:
 def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
     """The V placement with the backward pass in two (Qi et al. 2024): no bubble but the way in, in the memory of 1F1B.
 
-    For passes of equal cost a step takes 6m + p − 1 of them: no rank idles between its first and its last. A rank keeps 2p of its half-sized stages' microbatches at most, what p whole ones need.
+    For passes of equal cost a step takes 6m + p − 1 of them, and the last rank cannot begin before p − 1. A rank keeps
+    2p of its half-sized stages' microbatches at most, what p whole ones need.
     """
     placement = v_placement(num_ranks)
-    return list_schedule(
-        "zb_v", num_microbatches, placement, Costs.even(len(placement)), [2 * num_ranks] * num_ranks
-    )
+    return list_schedule("zb_v", num_microbatches, placement, Costs.even(len(placement)), [2 * num_ranks] * num_ranks)
 
 
 def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
