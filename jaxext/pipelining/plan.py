@@ -84,11 +84,10 @@ class PipelinePlan:
         one_device = work * step.num_microbatches
         speedup = one_device / simulated.makespan
         stages = tuple(_stage(step, schedule, simulated, n, devices) for n in range(step.num_stages))
-        busiest = max(simulated.busy)
         notes = tuple(_notes(step, stages, speedup, len(devices)))
         return cls(
             name, batch, step.num_microbatches, schedule, stages, simulated,
-            1 - busiest / simulated.makespan, speedup, report, notes,
+            simulated.bubble_fraction, speedup, report, notes,
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -196,16 +195,8 @@ def _stage(
         parameter_bytes=sum(cost.nbytes(value.aval) for value in stage.parameters),
         shared_bytes=sum(cost.nbytes(value.aval) for value in shared),
         residual_bytes=program.residual_bytes,
-        peak_live=_peak_live(schedule, number),
+        peak_live=simulate.peak_live(a for a in schedule.actions[schedule.placement[number]] if a.stage == number),
     )
-
-
-def _peak_live(schedule: Schedule, stage: int) -> int:
-    live = peak = 0
-    for action in (a for actions in schedule.actions for a in actions if a.stage == stage):
-        live += {"F": 1, "B": -1, "W": -1}.get(action.kind.value, 0)
-        peak = max(peak, live)
-    return peak
 
 
 def _notes(step: CompiledStep, stages: Sequence[StagePlan], speedup: float, num_devices: int) -> list[str]:

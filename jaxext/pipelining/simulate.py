@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
-from .action import COMPUTE, Action, Kind, Schedule
+from .action import COMPUTE, Action, Kind, Result, Schedule, needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Time of each stage's passes of one microbatch, by stage, in any one unit; `transfer`: between two ranks.
+    """Durations for one microbatch, by stage, in seconds or any other one unit.
 
-    A whole backward pass takes `backward_input` + `backward_weight`.
+    A whole backward pass takes `backward_input` + `backward_weight`. What crosses from one rank to another arrives
+    `transfer` + bytes / `bandwidth` later, however much else is under way.
+
+    Attributes:
+      forward, backward_input, backward_weight: of each stage. transfer: latency of a crossing.
+      sent_bytes: by stage, what it hands to the next, and takes back as cotangents. bandwidth: bytes per unit of time.
     """
 
     forward: tuple[float, ...]
     backward_input: tuple[float, ...]
     backward_weight: tuple[float, ...]
     transfer: float = 0.0
+    sent_bytes: tuple[float, ...] = ()
+    bandwidth: float = float("inf")
 
     @classmethod
-    def even(cls, num_stages: int, forward: float = 1.0, backward_input: float = 1.0, backward_weight: float = 1.0,
-             transfer: float = 0.0) -> Costs:  # fmt: skip
+    def even(
+        cls, num_stages: int, forward: float = 1.0, backward_input: float = 1.0, backward_weight: float = 1.0,
+        transfer: float = 0.0,
+    ) -> Costs:  # fmt: skip
         """The same for every stage."""
-        return cls(
-            (forward,) * num_stages, (backward_input,) * num_stages, (backward_weight,) * num_stages, transfer
-        )  # fmt: skip
+        return cls((forward,) * num_stages, (backward_input,) * num_stages, (backward_weight,) * num_stages, transfer)
 
     def of(self, action: Action) -> float:
         """The duration of an action; moving and freeing take no time of the rank."""
@@ -42,9 +49,28 @@ class Costs:
                 return self.backward_weight[stage]
         return 0.0
 
+    def crossing(self, stage: int) -> float:
+        """The delay between a stage and the next, either way, where they are on different ranks."""
+        return self.transfer + (self.sent_bytes[stage] / self.bandwidth if self.sent_bytes else 0.0)
+
+    def check(self, num_stages: int) -> None:
+        """
+        Raises:
+          ValueError: these are not the costs of so many stages.
+        """
+        for name, least in (("forward", num_stages), ("backward_input", num_stages), ("backward_weight", num_stages),
+                            ("sent_bytes", num_stages - 1 if self.sent_bytes else 0)):  # fmt: skip
+            if not least <= len(getattr(self, name)) <= num_stages:
+                raise ValueError(
+                    f"costs.{name} has {len(getattr(self, name))} values, the schedule {num_stages} stages; give one "
+                    "value a stage."
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
+    """An action in time, in the unit of the costs."""
+
     rank: int
     action: Action
     start: float
@@ -56,9 +82,9 @@ class Timeline:
     """A schedule in time.
 
     Attributes:
-      events: in order of their start. makespan: from the first start to the last end.
-      busy: by rank, time in which it works. peak_live: by rank, most microbatches whose residuals it holds at once,
-        counted by stage.
+      events: computations in order of their start; of those that start together, what is needed comes first.
+      makespan: from 0 to the last end. busy: by rank, time in which it computes.
+      peak_live: by rank, most forward passes of its stages whose residuals it holds at once.
     """
 
     schedule: Schedule
@@ -67,132 +93,122 @@ class Timeline:
     busy: tuple[float, ...]
     peak_live: tuple[int, ...]
 
+    @classmethod
+    def of(cls, schedule: Schedule, events: Iterable[Event]) -> Timeline:
+        """From the times of all computations, simulated or measured; each behind those whose results it needs."""
+        # A stable sort: what takes no time stays behind what it needs.
+        ordered = tuple(sorted(events, key=lambda event: event.start))
+        busy = [0.0] * schedule.num_ranks
+        for event in ordered:
+            busy[event.rank] += event.end - event.start
+        makespan = max((event.end for event in ordered), default=0.0)
+        return cls(schedule, ordered, makespan, tuple(busy), tuple(map(peak_live, schedule.actions)))
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Time in which a rank does not compute, by rank; what papers call its bubble."""
+        return tuple(self.makespan - busy for busy in self.busy)
+
     @property
     def bubble(self) -> float:
-        """Idle time of the busiest rank."""
-        return self.makespan - max(self.busy)
+        """Idle time of the busiest rank: what a better order could save at most."""
+        return min(self.idle)
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Share of the makespan in which the busiest rank idles."""
+        return self.bubble / self.makespan if self.makespan else 0.0
+
+    @property
+    def mean_idle_fraction(self) -> float:
+        """Share of all ranks' time that is idle."""
+        return sum(self.idle) / (self.makespan * len(self.idle)) if self.makespan else 0.0
 
 
 class DeadlockError(ValueError):
-    """Ranks wait for each other: by rank, the action that it cannot start."""
+    """Ranks wait for what never comes.
 
-    def __init__(self, stuck: dict[int, Action]) -> None:
-        self.stuck = stuck
-        waiting = ", ".join(
-            f"rank {rank} at {a.kind.value}{a.microbatch} of stage {a.stage}" for rank, a in stuck.items()
-        )
-        super().__init__(f"the schedule cannot go on: {waiting} wait for what is never done before.")
+    Attributes:
+      waiting: for each rank that cannot go on, the position of its next action and the result which that lacks.
+    """
 
-
-def needs(action: Action, num_stages: int) -> list[tuple[tuple[Kind, ...], int]]:
-    """What has to be done before an action, for the same microbatch: any one of these kinds, on this stage."""
-    stage = action.stage
-    match action.kind:
-        case Kind.F:
-            return [((Kind.F,), stage - 1)] if stage else []
-        case Kind.B | Kind.I:
-            own = [((Kind.F,), stage)]
-            return own if stage == num_stages - 1 else [*own, ((Kind.B, Kind.I), stage + 1)]
-        case Kind.W:
-            return [((Kind.I,), stage)]
-    return []
+    def __init__(self, waiting: dict[int, tuple[int, Result]]) -> None:
+        self.waiting = waiting
+        super().__init__(f"ranks {', '.join(map(str, waiting))} wait for what is never done before.")
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """Run a schedule in which each rank does its actions in order, each as soon as what it needs is there.
+    """Run a schedule: each rank does its actions in order, each as soon as what it needs has arrived.
+
+    Every action is looked at once, and once more for each result it had to wait for.
 
     Raises:
       DeadlockError: it never ends.
+      ValueError: `costs` are of another number of stages.
     """
-    done: dict[tuple[Kind, int, int], float] = {}
+    costs.check(schedule.num_stages)
+    ended: dict[Result, float] = {}
+    waiters: dict[Result, list[int]] = {}
+    waiting: dict[int, tuple[int, Result]] = {}
     clock = [0.0] * schedule.num_ranks
     place = [0] * schedule.num_ranks
     events: list[Event] = []
-    waiting: dict[tuple[Kind, int, int], list[int]] = {}
     ready = list(range(schedule.num_ranks))
     while ready:
         rank = ready.pop()
-        while place[rank] < len(schedule.actions[rank]):
-            action = schedule.actions[rank][place[rank]]
-            start, missing = _start(action, schedule, costs, done, clock[rank])
-            if missing is not None:
-                for kind in missing[0]:
-                    waiting.setdefault((kind, missing[1], action.microbatch), []).append(rank)
-                break
-            end = start + costs.of(action)
-            place[rank] += 1
+        waiting.pop(rank, None)
+        for action in schedule.actions[rank][place[rank] :]:
             if action.kind in COMPUTE:
-                clock[rank] = end
-                done[action.kind, action.stage, action.microbatch] = end
-                events.append(Event(rank, action, start, end))
-                ready += waiting.pop((action.kind, action.stage, action.microbatch), [])
-    stuck = {r: schedule.actions[r][p] for r, p in enumerate(place) if p < len(schedule.actions[r])}
-    if stuck:
-        raise DeadlockError(stuck)
-    return _timeline(schedule, events, costs)
+                start = _start(action, schedule, costs, ended, clock[rank])
+                if isinstance(start, tuple):
+                    waiters.setdefault(start, []).append(rank)
+                    waiting[rank] = place[rank], start
+                    break
+                clock[rank] = ended[action.result] = start + costs.of(action)
+                events.append(Event(rank, action, start, clock[rank]))
+                ready += waiters.pop(action.result, [])
+            place[rank] += 1
+    if waiting:
+        raise DeadlockError(dict(sorted(waiting.items())))
+    return Timeline.of(schedule, events)
 
 
 def _start(
-    action: Action, schedule: Schedule, costs: Costs, done: dict[tuple[Kind, int, int], float], clock: float
-) -> tuple[float, tuple[tuple[Kind, ...], int] | None]:
+    action: Action, schedule: Schedule, costs: Costs, ended: dict[Result, float], clock: float
+) -> float | Result:
+    """When an action can start, or a result that it still waits for."""
     start = clock
-    for kinds, stage in needs(action, schedule.num_stages):
-        end = next((t for kind in kinds if (t := done.get((kind, stage, action.microbatch))) is not None), None)
+    for result in needs(action, schedule.num_stages):
+        end = ended.get(result)
         if end is None:
-            return start, (kinds, stage)
-        crosses = schedule.placement[stage] != schedule.placement[action.stage]
-        start = max(start, end + costs.transfer * crosses)
-    return start, None
+            return result
+        stage = result[1]
+        if schedule.placement[stage] != schedule.placement[action.stage]:
+            end += costs.crossing(min(stage, action.stage))
+        start = max(start, end)
+    return start
 
 
-def _timeline(schedule: Schedule, events: Sequence[Event], costs: Costs) -> Timeline:
-    busy = [0.0] * schedule.num_ranks
-    for event in events:
-        busy[event.rank] += event.end - event.start
-    makespan = max((event.end for event in events), default=0.0)
-    ordered = tuple(sorted(events, key=lambda e: (e.start, e.end, e.rank)))
-    peaks = tuple(peak_live(actions) for actions in schedule.actions)
-    return Timeline(schedule, ordered, makespan, tuple(busy), peaks)
+def live(actions: Iterable[Action]) -> Iterator[int]:
+    """After each action, of how many forward passes residuals are held.
 
-
-def peak_live(actions: Sequence[Action]) -> int:
-    """The most forward passes whose residuals are held at once."""
-    live = peak = 0
+    A B or W frees them; until then, what an I leaves for its W counts as much as all that it found.
+    """
+    held = 0
     for action in actions:
-        live += (action.kind is Kind.F) - (action.kind in (Kind.B, Kind.W))
-        peak = max(peak, live)
-    return peak
+        held += (action.kind is Kind.F) - (action.kind is Kind.B or action.kind is Kind.W)
+        yield held
+
+
+def peak_live(actions: Iterable[Action]) -> int:
+    """Of how many forward passes residuals are held at most."""
+    return max(live(actions), default=0)
 
 
 def global_order(schedule: Schedule, costs: Costs) -> list[Action]:
-    """All actions in one order in which a single thread can dispatch them: as they are predicted to start."""
-    position = {rank: {a: n for n, a in enumerate(actions)} for rank, actions in enumerate(schedule.actions)}
-    events = simulate(schedule, costs).events
-    depth = {(e.rank, e.action): (e.start, e.end, position[e.rank][e.action], -e.action.stage) for e in events}
-    order = sorted(events, key=lambda e: depth[e.rank, e.action])
-    return _stable(schedule, [event.action for event in order])
+    """All computations in one order in which a single thread can dispatch them: as they are predicted to start.
 
-
-def _stable(schedule: Schedule, order: Sequence[Action]) -> list[Action]:
-    """The same order, with actions of no duration behind what they need."""
-    done: set[tuple[Kind, int, int]] = set()
-    places = [0] * schedule.num_ranks
-    result: list[Action] = []
-    pending = list(order)
-    while pending:
-        later = []
-        for action in pending:
-            rank = schedule.placement[action.stage]
-            met = all(
-                any((kind, stage, action.microbatch) in done for kind in kinds)
-                for kinds, stage in needs(action, schedule.num_stages)
-            )
-            own = [a for a in schedule.actions[rank] if a.kind in COMPUTE]
-            if met and own[places[rank]] == action:
-                places[rank] += 1
-                done.add((action.kind, action.stage, action.microbatch))
-                result.append(action)
-            else:
-                later.append(action)
-        pending = later
-    return result
+    Raises:
+      DeadlockError: there is none.
+    """
+    return [event.action for event in simulate(schedule, costs).events]

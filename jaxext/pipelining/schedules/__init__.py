@@ -1,57 +1,53 @@
-"""Schedules by name. They are plain data; nothing here knows of JAX."""
+"""Schedules by name. They are plain data; nothing here knows of JAX.
+
+In what they say of bubbles and memory, p is the number of ranks, m of microbatches, v of stages on a rank; F, I and W
+are the times of a forward pass, of cotangents and of weight gradients of one microbatch, and B = I + W.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..action import Kind, Schedule
-from ..simulate import Costs, simulate
-from .fixed import gpipe, interleaved_1f1b, one_f_one_b
-from .list_schedule import list_schedule
-from .zero_bubble import dualpipe_v, zb_h1, zb_v
+from ..action import Schedule
+from ..simulate import Costs
+from .auto import auto
+from .dualpipe_v import dualpipe_v
+from .gpipe import gpipe
+from .interleaved_1f1b import interleaved_1f1b
+from .one_f_one_b import one_f_one_b
+from .zb_h1 import zb_h1
+from .zb_v import zb_v
 
 NAMES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v", "dualpipe_v", "auto")
+_ONE_STAGE = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb_h1": zb_h1}
+_V = {"zb_v": zb_v, "dualpipe_v": dualpipe_v}
 
 
 def make(
-    name: str, num_ranks: int, num_microbatches: int, *, num_chunks: int = 1, costs: Costs | None = None,
+    name: str, num_ranks: int, num_microbatches: int, *, num_chunks: int | None = None, costs: Costs | None = None,
     max_live: Sequence[int] | None = None,
 ) -> Schedule:  # fmt: skip
     """The schedule of that name.
 
-    num_chunks: stages on each rank, for `interleaved_1f1b`. costs and max_live (by rank, as `list_schedule` has it): of
-    `auto`; by default even costs, and the memory of 1F1B.
+    num_chunks: stages on each rank; free for `interleaved_1f1b` (2 if not given) and `auto` (1), else the schedule's.
+    costs, max_live: of `auto`, which see; the others do not depend on them.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, a number below 1, a number of chunks that the schedule cannot have.
     """
-    match name:
-        case "gpipe":
-            return gpipe(num_ranks, num_microbatches)
-        case "1f1b":
-            return one_f_one_b(num_ranks, num_microbatches)
-        case "interleaved_1f1b":
-            return interleaved_1f1b(num_ranks, num_microbatches, num_chunks)
-        case "zb_h1":
-            return zb_h1(num_ranks, num_microbatches)
-        case "zb_v":
-            return zb_v(num_ranks, num_microbatches)
-        case "dualpipe_v":
-            return dualpipe_v(num_ranks, num_microbatches)
-        case "auto":
-            return auto(num_ranks, num_microbatches, costs or Costs.even(num_ranks), max_live)
-    raise ValueError(f"schedule {name!r}: expected one of {', '.join(NAMES)}.")
-
-
-def auto(num_ranks: int, num_microbatches: int, costs: Costs, max_live: Sequence[int] | None = None) -> Schedule:
-    """The fastest by simulation, under a limit of memory: two that are list-scheduled from the costs, 1F1B, ZB-H1.
-
-    One stage a rank. `max_live` by rank; by default p, the memory of 1F1B's first rank.
-    """
-    limits = list(max_live) if max_live is not None else [num_ranks] * num_ranks
-    orders = ((Kind.I, Kind.W, Kind.F), (Kind.I, Kind.F, Kind.W))
-    made = [list_schedule("auto", num_microbatches, range(num_ranks), costs, limits, order) for order in orders]
-    known = [one_f_one_b(num_ranks, num_microbatches), zb_h1(num_ranks, num_microbatches)]
-    fitting = [s for s in known if all(p <= limit for p, limit in zip(simulate(s, costs).peak_live, limits))]
-    best = min([*made, *fitting], key=lambda schedule: simulate(schedule, costs).makespan)
-    return Schedule("auto", best.num_microbatches, best.placement, best.actions)
+    if name not in NAMES:
+        raise ValueError(f"schedule {name!r}: expected one of {', '.join(NAMES)}.")
+    chunks = num_chunks if num_chunks is not None else 2 if name in _V or name == "interleaved_1f1b" else 1
+    for argument, value in (("num_ranks", num_ranks), ("num_microbatches", num_microbatches), ("num_chunks", chunks)):
+        if value < 1:
+            raise ValueError(f"{argument}={value}: expected at least 1.")
+    if name == "interleaved_1f1b":
+        return interleaved_1f1b(num_ranks, num_microbatches, chunks)
+    if name == "auto":
+        return auto(num_ranks, num_microbatches, chunks, costs, max_live)
+    expected = 2 if name in _V else 1
+    if chunks != expected:
+        raise ValueError(
+            f"num_chunks={chunks}: {name} has {expected} on each rank. Leave it out, or take interleaved_1f1b or auto."
+        )
+    return (_V | _ONE_STAGE)[name](num_ranks, num_microbatches)

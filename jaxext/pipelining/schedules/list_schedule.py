@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 
-from ..action import Action, Kind, Schedule
-from ..simulate import Costs, needs
+from ..action import Action, Kind, Schedule, needs
+from ..simulate import Costs
+
+# Of a kind, stage and microbatch: what is least goes first.
+Priority = Callable[[Kind, int, int], tuple[float, ...]]
+_KINDS = (Kind.F, Kind.I, Kind.W)
+# Share of a pattern's period after which a rank hands a microbatch on to a stage of its own: there are six passes.
+_TURN = 1 / 6
 
 
 def list_schedule(
@@ -14,82 +22,120 @@ def list_schedule(
     placement: Sequence[int],
     costs: Costs,
     max_live: Sequence[int],
-    urgency: Sequence[Kind] = (Kind.I, Kind.W, Kind.F),
+    priority: Priority,
 ) -> Schedule:
-    """Each rank does what can start earliest; of what can start at once, the kind that comes first in `urgency`.
+    """Each rank does what can start earliest; of what can start at once, what has priority.
 
-    max_live: by rank, how many forward passes may be kept at once, counted by stage. Later stages go first, so that
-    what was begun is ended. A rank on the way to a full memory keeps room for the stages that follow on it.
+    Always ends: a stage takes microbatches in their order, and one that is not the last of its rank leaves a place for
+    each later one, so that the oldest microbatch under way finds room wherever it goes.
+
+    max_live: by rank, how many forward passes may be kept at once, counted by stage; at least the rank's stages.
     """
-    return _Greedy(name, num_microbatches, tuple(placement), costs, max_live, urgency).run()
+    run = _Run(num_microbatches, placement, costs, max_live, priority)
+    return Schedule(name, num_microbatches, tuple(placement), run.actions())
 
 
-class _Greedy:
+@dataclasses.dataclass
+class _Passes:
+    """All passes of one kind through one stage.
+
+    ended: when, by microbatch; as many as are done. inputs: what each needs, as the `ended` of other passes and the
+    delay until it is there. later: stages behind this one on its rank. enables: ranks that wait for it.
+    """
+
+    kind: Kind
+    stage: int
+    duration: float
+    later: int
+    ended: list[float] = dataclasses.field(default_factory=list)
+    inputs: list[tuple[list[float], float]] = dataclasses.field(default_factory=list)
+    enables: set[int] = dataclasses.field(default_factory=set)
+
+
+# When a rank's next pass starts, how urgent it is, and which it is.
+_Choice = tuple[float, tuple[float, ...], _Passes]
+
+
+class _Run:
+    """The state of the ranks while their actions are chosen."""
+
     def __init__(
-        self,
-        name: str,
-        count: int,
-        placement: tuple[int, ...],
-        costs: Costs,
-        max_live: Sequence[int],
-        urgency: Sequence[Kind],
+        self, count: int, placement: Sequence[int], costs: Costs, max_live: Sequence[int], priority: Priority
     ) -> None:
-        self._name, self._count, self._placement, self._costs = name, count, placement, costs
-        self._limit, self._urgency = list(max_live), urgency
-        ranks = max(placement) + 1
-        self._clock = [0.0] * ranks
-        self._live = [0] * ranks
-        self._done: dict[tuple[Kind, int, int], float] = {}
-        self._next = {(kind, stage): 0 for kind in (Kind.F, Kind.I, Kind.W) for stage in range(len(placement))}
-        self._actions: list[list[Action]] = [[] for _ in range(ranks)]
-        self._stages = [[s for s, own in enumerate(placement) if own == r][::-1] for r in range(ranks)]
+        self._count, self._priority, self._room = count, priority, list(max_live)
+        self._clock = [0.0] * len(max_live)
+        self._ranks: list[list[_Passes]] = [[] for _ in max_live]
+        self._actions: list[list[Action]] = [[] for _ in max_live]
+        passes = {}
+        for stage, rank in enumerate(placement):
+            for kind in _KINDS:
+                own = _Passes(kind, stage, costs.of(Action(kind, stage, 0)), placement[stage + 1 :].count(rank))
+                passes[kind, stage] = own
+                self._ranks[rank].append(own)
+        for (kind, stage), own in passes.items():
+            for needed, other, _ in needs(Action(kind, stage, 0), len(placement)):
+                crosses = placement[other] != placement[stage]
+                delay = costs.crossing(min(stage, other)) if crosses else 0.0
+                own.inputs.append((passes[needed, other].ended, delay))
+                passes[needed, other].enables.add(placement[stage])
 
-    def run(self) -> Schedule:
-        left = 3 * self._count * len(self._placement)
-        while left:
-            rank, action, start = min(
-                (choice for rank in range(len(self._clock)) if (choice := self._best(rank)) is not None),
-                key=lambda choice: (choice[2], choice[0]),
+    def actions(self) -> tuple[tuple[Action, ...], ...]:
+        choices = [self._choice(rank) for rank in range(len(self._ranks))]
+        while any(choices):
+            rank, (start, _, own) = min(
+                ((rank, choice) for rank, choice in enumerate(choices) if choice), key=lambda pair: pair[1][0]
             )
-            self._do(rank, action, start)
-            left -= 1
-        return Schedule(self._name, self._count, self._placement, tuple(map(tuple, self._actions)))
+            self._actions[rank].append(Action(own.kind, own.stage, len(own.ended)))
+            self._clock[rank] = start + own.duration
+            self._room[rank] += (own.kind is Kind.W) - (own.kind is Kind.F)
+            own.ended.append(self._clock[rank])
+            for other in {rank, *own.enables}:
+                choices[other] = self._choice(other)
+        return tuple(map(tuple, self._actions))
 
-    def _do(self, rank: int, action: Action, start: float) -> None:
-        self._clock[rank] = start + self._costs.of(action)
-        self._done[action.kind, action.stage, action.microbatch] = self._clock[rank]
-        self._next[action.kind, action.stage] += 1
-        self._live[rank] += (action.kind is Kind.F) - (action.kind is Kind.W)
-        self._actions[rank].append(action)
+    def _choice(self, rank: int) -> _Choice | None:
+        best: _Choice | None = None
+        for own in self._ranks[rank]:
+            start = self._start(rank, own)
+            if start is None or (best is not None and start > best[0]):
+                continue
+            urgency = self._priority(own.kind, own.stage, len(own.ended))
+            if best is None or (start, urgency) < best[:2]:
+                best = (start, urgency, own)
+        return best
 
-    def _best(self, rank: int) -> tuple[int, Action, float] | None:
-        """What a rank does next, and when: the first in order of urgency that starts as early as any."""
-        choices = [(start, n, a) for n, a in enumerate(self._candidates(rank)) if (start := self._start(a)) is not None]
-        if not choices:
+    def _start(self, rank: int, own: _Passes) -> float | None:
+        """When the next microbatch can pass; None if none is left, or no room, or what it needs is not chosen."""
+        microbatch = len(own.ended)
+        if microbatch == self._count or (own.kind is Kind.F and self._room[rank] <= own.later):
             return None
-        start, _, action = min(choices, key=lambda choice: choice[:2])
-        return rank, action, start
-
-    def _candidates(self, rank: int) -> list[Action]:
-        found = []
-        for kind in self._urgency:
-            for stage in self._stages[rank]:
-                microbatch = self._next[kind, stage]
-                if microbatch < self._count and (kind is not Kind.F or self._has_room(rank, stage)):
-                    found.append(Action(kind, stage, microbatch))
-        return found
-
-    def _has_room(self, rank: int, stage: int) -> bool:
-        """A first stage leaves room for the later ones of its rank, which must run before anything is freed."""
-        place = self._stages[rank].index(stage)
-        return self._live[rank] + place < max(self._limit[rank], len(self._stages[rank]))
-
-    def _start(self, action: Action) -> float | None:
-        rank = self._placement[action.stage]
         start = self._clock[rank]
-        for kinds, stage in needs(action, len(self._placement)):
-            end = next((t for k in kinds if (t := self._done.get((k, stage, action.microbatch))) is not None), None)
-            if end is None:
+        for ended, delay in own.inputs:
+            if len(ended) <= microbatch:
                 return None
-            start = max(start, end + self._costs.transfer * (self._placement[stage] != rank))
+            start = max(start, ended[microbatch] + delay)
         return start
+
+
+def by_kind(*kinds: Kind) -> Priority:
+    """Kinds in this order; of the same kind, later stages first, so that what was begun is ended."""
+    order = {kind: float(number) for number, kind in enumerate(kinds)}
+    return lambda kind, stage, microbatch: (order[kind], -float(stage))
+
+
+def by_pattern(placement: Sequence[int], period: float, forward: float, backward: float) -> Priority:
+    """In the order of a pattern that repeats for each microbatch, weight gradients last (Qi et al. 2024).
+
+    period: time between microbatches. forward, backward: share of it that a microbatch takes from rank to rank on the
+    way down to the last rank; on the way up it takes the rest, so that on no rank do two passes ever fall together.
+    """
+    hops = [0.0]
+    for ranks, share in ((placement, forward), (placement[::-1], backward)):
+        hops += [period * (share if after > rank else 1 - share if after < rank else _TURN)
+                 for rank, after in itertools.pairwise(ranks)]  # fmt: skip
+        hops.append(period * _TURN)
+    times = list(itertools.accumulate(hops[:-1]))
+    return lambda kind, stage, microbatch: (
+        float(kind is Kind.W),
+        period * microbatch + times[stage if kind is Kind.F else -1 - stage],
+    )
