@@ -25,7 +25,18 @@ import jax
 from jax.extend import core as jex_core
 
 try:
-    from jax._src import api_util, checkify, config, core, dispatch, pjit, source_info_util, traceback_util, xla_bridge
+    from jax._src import (
+        api_util,
+        checkify,
+        config,
+        core,
+        dispatch,
+        distributed,
+        pjit,
+        source_info_util,
+        traceback_util,
+        xla_bridge,
+    )
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
@@ -374,6 +385,18 @@ def jit_like(jitted: Any, fun: Callable[..., Any]) -> Any:
 def trace_state_clean() -> bool:
     """True outside of every JAX transformation."""
     return core.trace_state_clean()
+
+
+def distributed_store() -> tuple[Any, str]:
+    """The key-value store of JAX's distributed runtime and its coordinator's address.
+
+    Raises:
+      RuntimeError: `jax.distributed.initialize` was not called.
+    """
+    state = distributed.global_state
+    if state.client is None or state.coordinator_address is None:
+        raise RuntimeError("JAX's distributed runtime is not running. Call jax.distributed.initialize() first.")
+    return state.client, state.coordinator_address
 
 
 def backends_started() -> bool:

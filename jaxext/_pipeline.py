@@ -35,6 +35,7 @@ def pipeline(
     devices: Sequence[Any] | None = None,
     batch_argnames: str | Iterable[str] | None = None,
     check: bool = False,
+    timeout: float = 300.0,
     **jit_options: Any,
 ) -> Any:
     """A train step over pipeline stages, with the signature, the results and the state tree of `train_step`.
@@ -53,6 +54,7 @@ def pipeline(
       devices: where the stages run, in order; by default `jax.devices()`.
       batch_argnames: arguments that hold the examples along the first axis of their arrays; found if not given.
       check: the first step is also run by plain `jax.jit`, and all results are compared.
+      timeout: with several processes, seconds after which a missing array of another process is an error.
       jit_options: `static_argnums`, `static_argnames`, `donate_argnums`, `donate_argnames`, as in `jax.jit`.
 
     Returns:
@@ -64,7 +66,9 @@ def pipeline(
         where the step cannot be pipelined, with the reason, the user's line and the remedy.
       CheckError: `check`, where results differ.
     """
-    request = Request(num_stages, num_microbatches, schedule, num_chunks, None if devices is None else tuple(devices))
+    request = Request(
+        num_stages, num_microbatches, schedule, num_chunks, None if devices is None else tuple(devices), timeout
+    )
     request.validate()
     unknown = sorted(set(jit_options) - set(_JIT_OPTIONS))
     if unknown:
@@ -73,7 +77,7 @@ def pipeline(
     if train_step is None:
         return functools.partial(
             pipeline, num_stages=num_stages, num_microbatches=num_microbatches, schedule=schedule,
-            num_chunks=num_chunks, devices=devices, batch_argnames=names, check=check, **jit_options,
+            num_chunks=num_chunks, devices=devices, batch_argnames=names, check=check, timeout=timeout, **jit_options,
         )  # fmt: skip
     if not callable(train_step):
         raise TypeError(f"pipeline: train_step is {train_step!r}, expected a callable. Decorate a train step.")

@@ -10,6 +10,7 @@ COMMANDS = {
     "ab": "prove by a paired speed test what jaxext brings to a step or a program",
     "explain": "list what jaxext replaces in a step, and why not more",
     "pipeline": "plan a step over pipeline stages, compare it with plain JAX, and time it",
+    "launch": "run a program as several processes of this machine, one device each",
     "doctor": "show what this machine offers and what costs speed",
 }
 

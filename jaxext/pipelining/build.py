@@ -19,11 +19,13 @@ from .action import Schedule
 from .arguments import Call, Options
 from .capture import Captured, capture
 from .compiled import CompiledStep, compile_step
-from .executor import LocalExecutor
+from .executor import Executor
+from .links import Links, ProcessLinks
 from .microbatch import Typing
 from .plan import PipelinePlan
 from .refusal import Refusal
 from .simulate import Costs
+from .transport import connect
 
 _CHUNKS = {"interleaved_1f1b": 2, "zb_v": 2, "dualpipe_v": 2}
 # Microbatches per stage that are aimed at: 1F1B then idles for 3 stages in 4 of a fifth of the time.
@@ -39,6 +41,7 @@ class Request:
     schedule: str
     num_chunks: int | None
     devices: tuple[Any, ...] | None
+    timeout: float = 300.0
 
     def validate(self) -> None:
         """
@@ -118,14 +121,22 @@ class Built:
     plan: PipelinePlan
     output: dict[str, Any]
     devices: list[Any]
-    _executor: LocalExecutor | None = None
+    timeout: float
+    _executor: Executor | None = None
 
-    def executor(self) -> LocalExecutor:
+    def executor(self) -> Executor:
         if self._executor is None:
             order = simulate.global_order(self.schedule, self.costs)
             by_stage = [self.devices[rank] for rank in self.schedule.placement]
-            self._executor = LocalExecutor(self.step, order, by_stage)
+            self._executor = Executor(self.step, order, self._links(by_stage))
         return self._executor
+
+    def _links(self, devices: list[Any]) -> Links:
+        if len({device.process_index for device in devices}) == 1:
+            return Links(devices)
+        links = ProcessLinks(devices, connect(), self.timeout)
+        links.agree(self.plan.to_json())
+        return links
 
 
 def build(
@@ -149,7 +160,7 @@ def build(
     costs = _costs(compiled)
     schedule = schedules.make(request.schedule, len(devices), microbatches, num_chunks=request.chunks(), costs=costs)
     plan = PipelinePlan.of(name, compiled, schedule, costs, size, report, devices)
-    return Built(compiled, schedule, costs, plan, output, devices)
+    return Built(compiled, schedule, costs, plan, output, devices, request.timeout)
 
 
 def _divide(call: Call, captured: Captured, options: Options, request: Request, name: str) -> tuple[Typing, int, int]:

@@ -54,6 +54,11 @@ class CompiledStep:
     segments: list[tuple[Segment, Function]]
 
     @property
+    def given_to_all(self) -> set[Value]:
+        """Inputs of the step that the loss takes without being differentiated in them."""
+        return set(self.captured.node.inputs[len(self.captured.loss.graph.inputs) :])
+
+    @property
     def num_stages(self) -> int:
         return len(self.stages)
 

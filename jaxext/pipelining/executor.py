@@ -1,6 +1,7 @@
-"""One process, many devices: the actions of a schedule are dispatched in the order in which they are predicted to run.
+"""The actions of a schedule, dispatched in the order in which they are predicted to run.
 
-JAX's dispatch is asynchronous, so that one thread keeps all devices busy: an action starts when its inputs are there.
+JAX's dispatch is asynchronous, so that one thread keeps all its devices busy: an action starts when its inputs are
+there. With several processes each runs the actions of its own stages, in that same order.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import numpy as np
 
 from ..rewrite.trace import Value
 from . import compiled as compiling
+from . import cost, placement
 from .action import Action, Kind
 from .compiled import CompiledStep, Function
+from .links import REMOTE, Links
 
 Watch = Callable[[Action, list[Any]], None]
 
@@ -24,19 +27,35 @@ Watch = Callable[[Action, list[Any]], None]
 class _Arrays:
     """The arrays of the step around the loss, by value and stage; one is sent once to each stage that reads it."""
 
-    def __init__(self, devices: Sequence[Any]) -> None:
-        self._devices = devices
+    def __init__(self, links: Links) -> None:
+        self._links = links
         self._found: dict[Value, dict[int, Any]] = {}
+        self._everywhere: dict[Value, Any] = {}
 
     def put(self, value: Value, stage: int, array: Any) -> None:
         self._found.setdefault(value, {})[stage] = array
 
-    def get(self, value: Value, stage: int) -> Any:
+    def put_everywhere(self, value: Value, array: Any) -> None:
+        """An array that every process has a copy of."""
+        self._everywhere[value] = array
+
+    def is_everywhere(self, value: Value) -> bool:
+        return value in self._everywhere
+
+    def get(self, value: Value, stage: int | None) -> Any:
+        """The array on that stage's device; None: the copy that every process has."""
         if value.const is not None:
             return value.const
-        found = self._found[value]
+        if stage is None:
+            return self._everywhere[value]
+        found = self._found.setdefault(value, {})
         if stage not in found:
-            found[stage] = jax.device_put(next(iter(found.values())), self._devices[stage])
+            if value in self._everywhere:
+                local = self._links.is_local(stage)
+                found[stage] = jax.device_put(self._everywhere[value], self._links.devices[stage]) if local else REMOTE
+            else:
+                source, array = next(iter(found.items()))
+                (found[stage],) = self._links.move([array], source, stage, f"an array {value.aval} of stage {source}")
         return found[stage]
 
     def forget(self, value: Value, stage: int) -> None:
@@ -50,13 +69,15 @@ class LastRun:
     peak_live: list[int]
 
 
-class LocalExecutor:
-    """Runs a compiled step on devices of this process; `devices`: one for each stage of the loss."""
+class Executor:
+    """Runs a compiled step; `links`: the device of each stage of the loss, and the way from one to another."""
 
-    def __init__(self, step: CompiledStep, order: Sequence[Action], devices: Sequence[Any]) -> None:
-        self._step, self._order, self._devices = step, order, list(devices)
+    def __init__(self, step: CompiledStep, order: Sequence[Action], links: Links) -> None:
+        self._step, self._order, self._links, self._devices = step, order, links, links.devices
+        self._local = [links.is_local(n) for n in range(step.num_stages)]
         self._numbers = [
-            [jax.device_put(np.int32(m), device) for m in range(step.num_microbatches)] for device in self._devices
+            [jax.device_put(np.int32(m), device) if local else REMOTE for m in range(step.num_microbatches)]
+            for device, local in zip(self._devices, self._local)
         ]
         self._zeros = [self._zero(program.accumulators, n) for n, program in enumerate(step.programs)]
         self._finish = [compiling.finish(step.typing, stage, n) for n, stage in enumerate(step.stages)]
@@ -64,21 +85,48 @@ class LocalExecutor:
         self.last_run = LastRun([0] * len(self._devices))
 
     def _zero(self, types: Sequence[Any], stage: int) -> Any:
+        if not self._local[stage]:
+            return lambda: []
         place = jax.sharding.SingleDeviceSharding(self._devices[stage])
         return jax.jit(lambda: [jnp.zeros(t.shape, t.dtype) for t in types], out_shardings=place)
 
     def __call__(self, inputs: Sequence[Any], watch: Watch | None = None) -> list[Any]:
         """The results of the step for its flat inputs; `watch` is told of each action, and of what it gave."""
         step = self._step
-        arrays = _Arrays(self._devices)
+        arrays = _Arrays(self._links)
         graph = step.captured.graph
         for value, array in zip(graph.inputs, inputs, strict=True):
-            stage = step.placement.home(value)
-            arrays.put(value, stage, jax.device_put(array, self._devices[stage]))
+            self._put_input(arrays, value, array)
         self._segments(arrays, before=True)
         self._loss(arrays, watch)
         self._segments(arrays, before=False)
-        return [arrays.get(value, step.placement.home(value)) for value in graph.outputs]
+        return [self._output(arrays, value) for value in graph.outputs]
+
+    def _put_input(self, arrays: _Arrays, value: Value, array: Any) -> None:
+        """Small arrays and what the loss takes of the batch are on every process, the rest where it lives."""
+        stage = self._step.placement.home(value)
+        if value in self._step.given_to_all or cost.nbytes(value.aval) <= placement.SMALL:
+            if not array.is_fully_addressable:
+                raise ValueError(
+                    f"pipeline: an argument {value.aval} is on another process's device alone, but every process needs "
+                    "it. Give each process its own copy of the batch and of frozen parameters."
+                )
+            arrays.put_everywhere(value, array)
+        elif self._local[stage]:
+            arrays.put(value, stage, jax.device_put(array, self._devices[stage]))
+        else:
+            arrays.put(value, stage, REMOTE)
+
+    def _output(self, arrays: _Arrays, value: Value) -> Any:
+        if value.const is not None:
+            return jnp.asarray(value.const)
+        if arrays.is_everywhere(value):
+            return arrays.get(value, None)
+        stage = self._step.placement.home(value)
+        array = arrays.get(value, stage)
+        if cost.nbytes(value.aval) <= placement.SMALL:
+            return self._links.share(array, stage, f"a result {value.aval}")
+        return self._links.handle(value.aval, stage) if array is REMOTE else array
 
     def _segments(self, arrays: _Arrays, before: bool) -> None:
         for segment, function in self._step.segments:
@@ -86,7 +134,8 @@ class LocalExecutor:
                 self._call(function, arrays, segment.stage)
 
     def _call(self, function: Function, arrays: _Arrays, stage: int) -> None:
-        results = function.run(*(arrays.get(value, stage) for value in function.inputs))
+        given = [arrays.get(value, stage) for value in function.inputs]
+        results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
         for number in function.donated:
             arrays.forget(function.inputs[number], stage)
         for value, result in zip(function.outputs, results, strict=True):
@@ -116,15 +165,17 @@ class LocalExecutor:
     def _prepared(self, arrays: _Arrays, outside: dict[Value, Value], stage: int) -> dict[Value, Any]:
         function = self._step.prepare[stage]
         given = [arrays.get(outside[value], stage) for value in function.inputs]
-        return dict(zip(function.outputs, function.run(*given), strict=True))
+        results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
+        return dict(zip(function.outputs, results, strict=True))
 
     def _results(self, arrays: _Arrays, run: _LossRun) -> None:
         step, node = self._step, self._step.captured.node
         last = step.num_stages - 1
-        found = _Arrays(self._devices)
+        found = _Arrays(self._links)
         for number, stage in enumerate(step.stages):
             if stage.collected:
-                whole = self._finish[number](run.collected[number])
+                local = self._local[number]
+                whole = self._finish[number](run.collected[number]) if local else [REMOTE] * len(stage.collected)
                 for value, array in zip(stage.collected, whole, strict=True):
                     found.put(step.typing.pair[value], number, array)
         for value, array in run.data[last].items():
@@ -141,36 +192,43 @@ class LocalExecutor:
     def _gradients(self, run: _LossRun) -> list[Any]:
         """The gradients of the parameters, each on the stage where the parameter lives."""
         step = self._step
-        parts: dict[Value, list[Any]] = {}
+        parts: dict[Value, list[tuple[int, Any]]] = {}
         for number, program in enumerate(step.programs):
-            for place, total in zip(program.gradients, run.totals[number], strict=True):
-                parts.setdefault(program.stage.parameters[place], []).append(total)
-        gradients = []
-        for value, home in zip(step.typing.micro.inputs, step.homes):
-            if not jnp.issubdtype(value.dtype, jnp.inexact):
-                continue
-            found = [jax.device_put(part, self._devices[home]) for part in parts.get(value, [])]
-            if not found:
-                gradients.append(jax.device_put(jnp.zeros(value.shape, value.dtype), self._devices[home]))
-            elif len(found) == 1 and found[0].dtype == value.dtype:
-                gradients.append(found[0])
-            else:
-                gradients.append(self._sum(found, value.dtype))
-        return gradients
+            totals = run.totals[number] if self._local[number] else [REMOTE] * len(program.gradients)
+            for place, total in zip(program.gradients, totals, strict=True):
+                parts.setdefault(program.stage.parameters[place], []).append((number, total))
+        return [
+            self._gradient(value, home, parts.get(value, []))
+            for value, home in zip(step.typing.micro.inputs, step.homes)
+            if jnp.issubdtype(value.dtype, jnp.inexact)
+        ]
+
+    def _gradient(self, value: Value, home: int, parts: Sequence[tuple[int, Any]]) -> Any:
+        found = []
+        for stage, part in parts:
+            found += [part] if stage == home else self._links.move([part], stage, home, f"a gradient {value.aval}")
+        if not self._local[home]:
+            return REMOTE
+        if not found:
+            return jax.device_put(jnp.zeros(value.shape, value.dtype), self._devices[home])
+        return found[0] if len(found) == 1 and found[0].dtype == value.dtype else self._sum(found, value.dtype)
 
 
 class _LossRun:
     """One pass of all microbatches through the stages."""
 
-    def __init__(self, executor: LocalExecutor, data: list[dict[Value, Any]]) -> None:
+    def __init__(self, executor: Executor, data: list[dict[Value, Any]]) -> None:
         step = executor._step
-        self._step, self._devices, self._numbers = step, executor._devices, executor._numbers
+        self._step, self._links, self._numbers = step, executor._links, executor._numbers
+        self._local = executor._local
         self.data = data
         self._sliced = [[own[step.typing.pair[v]] for v in stage.data] for own, stage in zip(data, step.stages)]
         self.parameters: list[list[Any]] = []
         self.totals = [zero() for zero in executor._zeros]
         self.collected: list[list[list[Any]]] = [[[] for _ in range(step.num_microbatches)] for _ in step.stages]
         self._sent: dict[tuple[int, int], list[Any]] = {}
+        self._received: dict[tuple[int, int], list[Any]] = {}
+        self._incoming: dict[tuple[int, int], list[Any]] = {}
         self._cotangents: dict[tuple[int, int], list[Any]] = {}
         self._residuals: dict[tuple[int, int], list[Any]] = {}
         self._handed: dict[tuple[int, int], list[Any]] = {}
@@ -180,6 +238,9 @@ class _LossRun:
     def act(self, action: Action) -> list[Any]:
         """Dispatch an action; all arrays that it gives."""
         stage, microbatch = action.stage, action.microbatch
+        self._bring(action)
+        if not self._local[stage]:
+            return []
         match action.kind:
             case Kind.F:
                 return self._forward(stage, microbatch)
@@ -191,9 +252,24 @@ class _LossRun:
                 return self._weights(stage, microbatch)
         raise ValueError(f"{action.kind} is not for an executor of one process")
 
+    def _bring(self, action: Action) -> None:
+        """What an action needs from a neighbouring stage, to its own."""
+        stage, microbatch = action.stage, action.microbatch
+        programs = self._step.programs
+        if action.kind is Kind.F and stage:
+            arrays = self._sent.pop((stage - 1, microbatch), [REMOTE] * len(programs[stage].stage.receives))
+            self._received[stage, microbatch] = self._links.move(
+                arrays, stage - 1, stage, f"F{microbatch} of stage {stage - 1}"
+            )
+        elif action.kind in (Kind.B, Kind.I) and stage + 1 < len(programs):
+            arrays = self._cotangents.pop((stage + 1, microbatch), [REMOTE] * len(programs[stage].float_sent))
+            self._incoming[stage, microbatch] = self._links.move(
+                arrays, stage + 1, stage, f"{action.kind.value}{microbatch} of stage {stage + 1}"
+            )
+
     def _forward(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
-        received = jax.device_put(self._sent.pop((stage - 1, microbatch), []), self._devices[stage])
+        received = self._received.pop((stage, microbatch), [])
         number = self._numbers[stage][microbatch]
         arguments = [*self.parameters[stage], *received, *self._sliced[stage], number]
         returned = program.forward(*arguments)
@@ -205,14 +281,13 @@ class _LossRun:
         self.peak[stage] = max(self.peak[stage], self._live[stage])
         return returned
 
-    def _incoming(self, stage: int, microbatch: int) -> list[Any]:
+    def _for_backward(self, stage: int, microbatch: int) -> list[Any]:
         """Residuals, then the cotangents of what the stage sent."""
-        cotangents = jax.device_put(self._cotangents.pop((stage + 1, microbatch), []), self._devices[stage])
-        return [*self._residuals[stage, microbatch], *cotangents]
+        return [*self._residuals[stage, microbatch], *self._incoming.pop((stage, microbatch), [])]
 
     def _backward(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
-        incoming = self._incoming(stage, microbatch)
+        incoming = self._for_backward(stage, microbatch)
         results = program.backward(*incoming, *self.totals[stage])
         self._cotangents[stage, microbatch] = results[: len(program.float_received)]
         self.totals[stage] = results[len(program.float_received) :]
@@ -221,7 +296,7 @@ class _LossRun:
 
     def _input(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
-        incoming = self._incoming(stage, microbatch)
+        incoming = self._for_backward(stage, microbatch)
         results = program.cotangents(*incoming)
         self._cotangents[stage, microbatch] = results[: len(program.float_received)]
         self._handed[stage, microbatch] = [*incoming, *results[len(program.float_received) :]]

@@ -16,7 +16,7 @@ from . import cost
 
 ANYWHERE = -1
 # Up to so many bytes, computing again is cheaper than sending.
-_SMALL = 1 << 16
+SMALL = 1 << 16
 
 
 @dataclasses.dataclass(eq=False)
@@ -161,7 +161,7 @@ def _by_inputs(node: Node, homes: Mapping[Value, int]) -> int:
     if placed:
         stages = {homes[value] for value in placed}
         return stages.pop() if len(stages) == 1 else 0
-    small = all(cost.nbytes(value.aval) <= _SMALL for value in node.outputs)
+    small = all(cost.nbytes(value.aval) <= SMALL for value in node.outputs)
     return ANYWHERE if small and not node.eqn.effects else 0
 
 

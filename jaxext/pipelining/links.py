@@ -1,0 +1,121 @@
+"""How arrays get from one stage's device to another's: within a process, or between processes.
+
+With several processes, all of them walk through the whole step alike. What belongs to another process's stages is not
+computed but stands as `REMOTE`; where a value crosses, the one side sends and the other receives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from .transport import PeerError, Transport
+
+
+class Remote:
+    """Stands for an array on another process's device."""
+
+    def __repr__(self) -> str:
+        return "REMOTE"
+
+
+REMOTE = Remote()
+
+
+class Links:
+    """Moves between stages whose devices all belong to this process."""
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self.devices = list(devices)
+
+    def is_local(self, stage: int) -> bool:
+        return True
+
+    def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
+        """`arrays`, which are on stage `source`, on stage `target`; `name`: what they are."""
+        return jax.device_put(list(arrays), self.devices[target])
+
+    def share(self, array: Any, source: int, name: str) -> Any:
+        """An array on stage `source` for whoever looks at it."""
+        return array
+
+    def handle(self, aval: Any, stage: int) -> Any:
+        raise AssertionError("all stages are here")
+
+
+class ProcessLinks(Links):
+    """Moves between stages on several processes of JAX's distributed runtime.
+
+    `timeout`: seconds after which a missing array is an error.
+    """
+
+    def __init__(self, devices: Sequence[Any], transport: Transport, timeout: float) -> None:
+        super().__init__(devices)
+        self._transport, self._timeout = transport, timeout
+        self._processes = [device.process_index for device in self.devices]
+        self._moves = itertools.count()
+
+    def is_local(self, stage: int) -> bool:
+        return self._processes[stage] == self._transport.rank
+
+    def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
+        here, there = self._processes[source], self._processes[target]
+        tag = f"{name} #{next(self._moves)}"
+        if not arrays:
+            return []
+        if here == there:
+            local = here == self._transport.rank
+            return super().move(arrays, source, target, name) if local else [REMOTE] * len(arrays)
+        if here == self._transport.rank:
+            self._transport.send(there, tag, [_words(array) for array in arrays])
+        if there == self._transport.rank:
+            # Every process walks through every move, so that an array of the same type stands where none is here.
+            found = self._transport.receive(here, tag, self._timeout)
+            return jax.device_put(found, self.devices[target])
+        return [REMOTE] * len(arrays)
+
+    def share(self, array: Any, source: int, name: str) -> Any:
+        here = self._processes[source]
+        tag = f"{name} #{next(self._moves)}"
+        if here != self._transport.rank:
+            return jax.device_put(self._transport.receive(here, tag, self._timeout)[0])
+        for other in set(self._processes) - {here}:
+            self._transport.send(other, tag, [_words(array)])
+        return array
+
+    def handle(self, aval: Any, stage: int) -> Any:
+        """A `jax.Array` on another process's device: its type can be seen, its values not."""
+        place = SingleDeviceSharding(self.devices[stage])
+        return jax.make_array_from_single_device_arrays(aval.shape, place, [], dtype=aval.dtype)
+
+    def agree(self, plan: str) -> None:
+        """
+        Raises:
+          PeerError: another process has another plan, or another JAX.
+        """
+        own = f"JAX {jax.__version__}, plan {hashlib.sha256(plan.encode()).hexdigest()[:12]}"
+        tag = f"the plan #{next(self._moves)}"
+        others = sorted(set(self._processes) - {self._transport.rank})
+        for other in others:
+            self._transport.send(other, tag, [np.frombuffer(own.encode(), np.uint8)])
+        for other in others:
+            theirs = self._transport.receive(other, tag, self._timeout)[0].tobytes().decode()
+            if theirs != own:
+                raise PeerError(
+                    f"pipeline: process {self._transport.rank} has {own}, process {other} has {theirs}. Start all "
+                    "processes with the same program, arguments and packages."
+                )
+
+
+def _words(array: Any) -> Any:
+    if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise NotImplementedError(
+            "pipeline: a typed random key crosses between processes. Pass jax.random.key_data(key) to the step."
+        )
+    return array

@@ -1,0 +1,176 @@
+"""Arrays from process to process over TCP: what a pipeline of several processes sends its neighbours.
+
+Sends never wait: a thread for each peer takes arrays off the device and writes them. Receives wait for what they name,
+so that no order of sends and receives can block two processes against each other. Addresses are exchanged through
+JAX's own distributed runtime, whose cluster detection (SLURM, Open MPI, Kubernetes) this relies on.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import _jax_compat as compat
+
+_LENGTHS = struct.Struct("!QQ")
+_CONNECT_SECONDS = 300
+
+
+class PeerError(RuntimeError):
+    """Another process of the pipeline is gone, late, or at odds with this one: who, what was awaited, what to do."""
+
+
+class Transport:
+    """Connections to all other processes.
+
+    rank, size: this process and how many there are. Peers are numbered as `jax.process_index`.
+    """
+
+    def __init__(self, rank: int, size: int, addresses: Any) -> None:
+        self.rank, self.size = rank, size
+        self._peers: dict[int, _Peer] = {}
+        listener = socket.create_server(("", 0))
+        listener.settimeout(_CONNECT_SECONDS)
+        addresses.put(rank, f"{addresses.host()}:{listener.getsockname()[1]}")
+        for other in range(rank):
+            host, _, port = addresses.get(other).rpartition(":")
+            connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
+            connection.sendall(struct.pack("!Q", rank))
+            self._peers[other] = _Peer(other, connection)
+        for _ in range(rank + 1, size):
+            connection, _ = listener.accept()
+            (other,) = struct.unpack("!Q", _exactly(connection, 8))
+            self._peers[other] = _Peer(other, connection)
+        listener.close()
+
+    def send(self, peer: int, tag: str, arrays: Sequence[Any]) -> None:
+        """Send arrays under a name that is used once. Returns at once."""
+        self._peers[peer].outbox.put((tag, list(arrays)))
+
+    def receive(self, peer: int, tag: str, timeout: float) -> list[np.ndarray]:
+        """The arrays that `peer` sent under this name.
+
+        Raises:
+          PeerError: it has gone, or sent nothing within `timeout` seconds.
+        """
+        return self._peers[peer].receive(tag, timeout, self.rank)
+
+
+class _Peer:
+    """One connection, with a thread for each direction."""
+
+    def __init__(self, rank: int, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.outbox: queue.SimpleQueue[tuple[str, list[Any]]] = queue.SimpleQueue()
+        self._rank, self._connection = rank, connection
+        self._arrived: dict[str, list[np.ndarray]] = {}
+        self._changed = threading.Condition()
+        self._lost = ""
+        for run in (self._write, self._read):
+            threading.Thread(target=run, daemon=True, name=f"jaxext pipeline peer {rank}").start()
+
+    def receive(self, tag: str, timeout: float, own: int) -> list[np.ndarray]:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while tag not in self._arrived:
+                left = deadline - time.monotonic()
+                if self._lost or left <= 0:
+                    state = f"is gone ({self._lost})" if self._lost else f"has not sent it for {timeout:.0f} s"
+                    raise PeerError(
+                        f"pipeline: process {own} waits for {tag} from process {self._rank}, which {state}. Look at "
+                        f"the log of process {self._rank}, then start all processes again from the last checkpoint."
+                    )
+                self._changed.wait(left)
+            return self._arrived.pop(tag)
+
+    def _write(self) -> None:
+        try:
+            while True:
+                tag, arrays = self.outbox.get()
+                self._connection.sendall(_packed(tag, [np.asarray(array) for array in arrays]))
+        except OSError as error:
+            self._fail(error)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                header, body = _LENGTHS.unpack(_exactly(self._connection, _LENGTHS.size))
+                tag, arrays = _unpacked(_exactly(self._connection, header), _exactly(self._connection, body))
+                with self._changed:
+                    self._arrived[tag] = arrays
+                    self._changed.notify_all()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        with self._changed:
+            self._lost = self._lost or str(error)
+            self._changed.notify_all()
+
+
+def _exactly(connection: socket.socket, count: int) -> bytearray:
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        received = connection.recv_into(view)
+        if not received:
+            raise ConnectionError("it closed the connection")
+        view = view[received:]
+    return data
+
+
+def _packed(tag: str, arrays: list[np.ndarray]) -> bytes:
+    header = json.dumps([tag, [[array.dtype.name, array.shape] for array in arrays]]).encode()
+    body = io.BytesIO()
+    for array in arrays:
+        body.write(np.ascontiguousarray(array).tobytes())
+    return _LENGTHS.pack(len(header), body.tell()) + header + body.getvalue()
+
+
+def _unpacked(header: bytes | bytearray, body: bytes | bytearray) -> tuple[str, list[np.ndarray]]:
+    tag, types = json.loads(bytes(header))
+    arrays, place = [], 0
+    for name, shape in types:
+        dtype = jax.numpy.dtype(name)
+        count = int(np.prod(shape, dtype=np.int64))
+        arrays.append(np.frombuffer(body, dtype, count, place).reshape(shape))
+        place += count * dtype.itemsize
+    return tag, arrays
+
+
+class _Addresses:
+    """Addresses of the processes, in the key-value store of JAX's distributed runtime."""
+
+    def __init__(self) -> None:
+        self._store, self._coordinator = compat.distributed_store()
+
+    def host(self) -> str:
+        """This machine's address as the coordinator sees it."""
+        host, _, port = self._coordinator.rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))
+            return probe.getsockname()[0]
+
+    def put(self, rank: int, address: str) -> None:
+        self._store.key_value_set(f"jaxext/pipeline/{rank}", address)
+
+    def get(self, rank: int) -> str:
+        return self._store.blocking_key_value_get(f"jaxext/pipeline/{rank}", _CONNECT_SECONDS * 1000)
+
+
+@functools.cache
+def connect() -> Transport:
+    """The connections of this process, made once."""
+    return Transport(jax.process_index(), jax.process_count(), _Addresses())

@@ -1,0 +1,40 @@
+"""A program for `jaxext launch`: steps over as many processes as there are, each stage's results written to a folder.
+
+Arguments: folder, program of programs.py, schedule, microbatches, steps, what goes wrong.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from programs import PROGRAMS
+
+import jaxext
+
+folder, name, schedule, microbatches, steps, fault = sys.argv[1:]
+rank = jax.process_index()
+step, args, state = next(p for p in PROGRAMS if p.name == name).make()
+count = int(microbatches) * (2 if fault == "plan" and rank == 1 else 1)
+timeout = 3.0 if fault else 120.0
+pipelined = jaxext.pipeline(step, num_microbatches=count, schedule=schedule, timeout=timeout)
+losses = []
+for number in range(int(steps)):
+    if fault == "killed" and rank == 1 and number == 1:
+        os._exit(9)
+    if fault == "stalled" and rank == 1 and number == 1:
+        time.sleep(60)
+    results = pipelined(*args)
+    args = (*results[:state], *args[state:])
+    losses.append(float(results[state]))
+saved = {"losses": np.array(losses)}
+for path, leaf in jax.tree_util.tree_flatten_with_path(results[0])[0]:
+    if leaf.is_fully_addressable:
+        saved[jax.tree_util.keystr(path)] = np.asarray(leaf)
+np.savez(Path(folder) / f"{rank}.npz", **saved)
+print(f"process {rank}: loss {losses[-1]:.6f}")

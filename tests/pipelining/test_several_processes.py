@@ -1,0 +1,72 @@
+"""A pipeline over processes gives bit for bit what it gives over devices of one process, and fails by name."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from programs import PROGRAMS
+
+import jaxext
+
+PROGRAM = Path(__file__).parent / "several_processes.py"
+
+
+def launch(folder, processes, *arguments, fault=""):
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-P", "-m", "jaxext", "launch", "-n", str(processes), str(PROGRAM), str(folder)]
+    return subprocess.run(
+        [*command, *map(str, arguments), fault], env=kept, capture_output=True, text=True, timeout=300, cwd=folder
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "processes"),
+    [("multilayer_perceptron", "zb_v", 2), ("linen_dropout", "1f1b", 2), ("tied_embedding_masked_mean", "zb_h1", 4)],
+)
+def test_processes_give_the_bits_that_devices_of_one_process_give(name, schedule, processes, tmp_path):
+    done = launch(tmp_path, processes, name, schedule, 4, 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    step, args, state = next(program for program in PROGRAMS if program.name == name).make()
+    pipelined = jaxext.pipeline(step, num_stages=processes, num_microbatches=4, schedule=schedule)
+    losses = []
+    for _ in range(3):
+        results = pipelined(*args)
+        args = (*results[:state], *args[state:])
+        losses.append(float(results[state]))
+    found = {}
+    for rank in range(processes):
+        saved = dict(np.load(tmp_path / f"{rank}.npz"))
+        np.testing.assert_array_equal(saved.pop("losses"), losses)
+        found |= saved
+    for path, leaf in jax.tree_util.tree_flatten_with_path(results[0])[0]:
+        np.testing.assert_array_equal(found[jax.tree_util.keystr(path)], leaf)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("killed", "process 0 waits for B0 of stage 1"),
+        ("stalled", "from process 1, which has not sent it for 3 s. Look at the log of process 1"),
+        ("plan", "Start all processes with the same program, arguments and packages"),
+    ],
+)
+def test_a_process_that_fails_ends_the_others_with_an_error_that_names_it(fault, message, tmp_path):
+    start = time.monotonic()
+    done = launch(tmp_path, 2, "multilayer_perceptron", "1f1b", 4, 3, fault=fault)
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert "jaxext launch: process" in done.stderr
+    # The stalled process sleeps for a minute; nobody waits for it.
+    assert time.monotonic() - start < 55
+
+
+def test_launching_no_process_is_an_error():
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "jaxext", "launch", "-n", "0", "x.py"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "-n 0: expected at least 1" in done.stderr
