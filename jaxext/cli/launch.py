@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "launch",
         usage=_USAGE,
         description="Runs a script as several processes of this machine. Each joins JAX's distributed runtime before "
-        "the script begins, and its lines are shown with its number. Where one fails, the others are given some time to "
+        "the script begins, and its lines are shown with its number. Where one fails, the others have some time to "
         "end by themselves. On a cluster use its own launcher; jax.distributed.initialize() finds what it needs there.",
     )
     parser.add_argument("-n", "--processes", type=int, required=True, help="how many processes")
@@ -48,9 +48,9 @@ def _run_one(args: argparse.Namespace) -> int:
         return error.exit_code
     try:
         program.run()
-    except Exception:
+    except Exception as error:
         # JAX's runtime waits at exit for all processes, also for those that wait for this one.
-        sys.excepthook(*sys.exc_info())
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -83,14 +83,15 @@ def _show(rank: int, lines: IO[str]) -> None:
 
 def _wait(children: list[subprocess.Popen[str]], grace: float) -> int:
     """The exit code of the first process that fails, 0 where none does."""
-    failed, deadline = 0, None
-    while any(child.poll() is None for child in children):
+    deadline = None
+    while True:
         codes = [child.poll() for child in children]
-        if not failed and any(codes):
+        if deadline is None and any(codes):
             rank, failed = next((rank, code) for rank, code in enumerate(codes) if code)
             deadline = time.monotonic() + grace
             print(f"jaxext launch: process {rank} ended with {failed}", file=sys.stderr)
+        if None not in codes:
+            return abs(next((code for code in codes if code), 0))
         if deadline is not None and time.monotonic() > deadline:
-            break
+            return abs(next(code for code in codes if code))
         time.sleep(0.05)
-    return abs(failed) or next((abs(code) for child in children if (code := child.poll())), 0)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import _jax_compat as compat
 from ..rewrite.trace import Value
 from . import compiled as compiling
 from . import cost, placement
@@ -125,7 +126,8 @@ class Executor:
         stage = self._step.placement.home(value)
         array = arrays.get(value, stage)
         if cost.nbytes(value.aval) <= placement.SMALL:
-            return self._links.share(array, stage, f"a result {value.aval}")
+            # The next step is compiled for these types: they have to be the same on all processes.
+            return compat.with_weak_type(self._links.share(array, stage, f"a result {value.aval}"), value.aval)
         return self._links.handle(value.aval, stage) if array is REMOTE else array
 
     def _segments(self, arrays: _Arrays, before: bool) -> None:

@@ -7,7 +7,6 @@ computed but stands as `REMOTE`; where a value crosses, the one side sends and t
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,34 +58,32 @@ class ProcessLinks(Links):
         super().__init__(devices)
         self._transport, self._timeout = transport, timeout
         self._processes = [device.process_index for device in self.devices]
-        self._moves = itertools.count()
 
     def is_local(self, stage: int) -> bool:
         return self._processes[stage] == self._transport.rank
 
     def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
         here, there = self._processes[source], self._processes[target]
-        tag = f"{name} #{next(self._moves)}"
+        tag = f"{name} #{next(self._transport.moves)}"
         if not arrays:
             return []
         if here == there:
             local = here == self._transport.rank
             return super().move(arrays, source, target, name) if local else [REMOTE] * len(arrays)
         if here == self._transport.rank:
-            self._transport.send(there, tag, [_words(array) for array in arrays])
+            self._transport.send(there, tag, arrays)
         if there == self._transport.rank:
-            # Every process walks through every move, so that an array of the same type stands where none is here.
             found = self._transport.receive(here, tag, self._timeout)
-            return jax.device_put(found, self.devices[target])
+            return [_array(item, self.devices[target]) for item in found]
         return [REMOTE] * len(arrays)
 
     def share(self, array: Any, source: int, name: str) -> Any:
         here = self._processes[source]
-        tag = f"{name} #{next(self._moves)}"
+        tag = f"{name} #{next(self._transport.moves)}"
         if here != self._transport.rank:
-            return jax.device_put(self._transport.receive(here, tag, self._timeout)[0])
+            return _array(self._transport.receive(here, tag, self._timeout)[0])
         for other in set(self._processes) - {here}:
-            self._transport.send(other, tag, [_words(array)])
+            self._transport.send(other, tag, [array])
         return array
 
     def handle(self, aval: Any, stage: int) -> Any:
@@ -100,12 +97,12 @@ class ProcessLinks(Links):
           PeerError: another process has another plan, or another JAX.
         """
         own = f"JAX {jax.__version__}, plan {hashlib.sha256(plan.encode()).hexdigest()[:12]}"
-        tag = f"the plan #{next(self._moves)}"
+        tag = f"the plan #{next(self._transport.moves)}"
         others = sorted(set(self._processes) - {self._transport.rank})
         for other in others:
             self._transport.send(other, tag, [np.frombuffer(own.encode(), np.uint8)])
         for other in others:
-            theirs = self._transport.receive(other, tag, self._timeout)[0].tobytes().decode()
+            theirs = self._transport.receive(other, tag, self._timeout)[0][1].tobytes().decode()
             if theirs != own:
                 raise PeerError(
                     f"pipeline: process {self._transport.rank} has {own}, process {other} has {theirs}. Start all "
@@ -113,9 +110,7 @@ class ProcessLinks(Links):
                 )
 
 
-def _words(array: Any) -> Any:
-    if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
-        raise NotImplementedError(
-            "pipeline: a typed random key crosses between processes. Pass jax.random.key_data(key) to the step."
-        )
-    return array
+def _array(found: tuple[str, np.ndarray], device: Any = None) -> Any:
+    key, words = found
+    array = jax.device_put(words, device)
+    return jax.random.wrap_key_data(array, impl=key) if key else array

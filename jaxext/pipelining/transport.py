@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import queue
 import socket
@@ -39,6 +40,8 @@ class Transport:
 
     def __init__(self, rank: int, size: int, addresses: Any) -> None:
         self.rank, self.size = rank, size
+        # All processes move the same arrays in the same order, which numbers them.
+        self.moves = itertools.count()
         self._peers: dict[int, _Peer] = {}
         listener = socket.create_server(("", 0))
         listener.settimeout(_CONNECT_SECONDS)
@@ -55,11 +58,11 @@ class Transport:
         listener.close()
 
     def send(self, peer: int, tag: str, arrays: Sequence[Any]) -> None:
-        """Send arrays under a name that is used once. Returns at once."""
-        self._peers[peer].outbox.put((tag, list(arrays)))
+        """Send arrays, typed random keys among them, under a name that is used once. Returns at once."""
+        self._peers[peer].outbox.put((tag, [_words(array) for array in arrays]))
 
-    def receive(self, peer: int, tag: str, timeout: float) -> list[np.ndarray]:
-        """The arrays that `peer` sent under this name.
+    def receive(self, peer: int, tag: str, timeout: float) -> list[tuple[str, np.ndarray]]:
+        """The arrays that `peer` sent under this name; with each its kind of random key, "" for a plain array.
 
         Raises:
           PeerError: it has gone, or sent nothing within `timeout` seconds.
@@ -73,15 +76,15 @@ class _Peer:
     def __init__(self, rank: int, connection: socket.socket) -> None:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.outbox: queue.SimpleQueue[tuple[str, list[Any]]] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[tuple[str, list[tuple[str, Any]]]] = queue.SimpleQueue()
         self._rank, self._connection = rank, connection
-        self._arrived: dict[str, list[np.ndarray]] = {}
+        self._arrived: dict[str, list[tuple[str, np.ndarray]]] = {}
         self._changed = threading.Condition()
         self._lost = ""
         for run in (self._write, self._read):
             threading.Thread(target=run, daemon=True, name=f"jaxext pipeline peer {rank}").start()
 
-    def receive(self, tag: str, timeout: float, own: int) -> list[np.ndarray]:
+    def receive(self, tag: str, timeout: float, own: int) -> list[tuple[str, np.ndarray]]:
         deadline = time.monotonic() + timeout
         with self._changed:
             while tag not in self._arrived:
@@ -99,7 +102,7 @@ class _Peer:
         try:
             while True:
                 tag, arrays = self.outbox.get()
-                self._connection.sendall(_packed(tag, [np.asarray(array) for array in arrays]))
+                self._connection.sendall(_packed(tag, [(key, np.asarray(words)) for key, words in arrays]))
         except OSError as error:
             self._fail(error)
 
@@ -131,21 +134,28 @@ def _exactly(connection: socket.socket, count: int) -> bytearray:
     return data
 
 
-def _packed(tag: str, arrays: list[np.ndarray]) -> bytes:
-    header = json.dumps([tag, [[array.dtype.name, array.shape] for array in arrays]]).encode()
+def _words(array: Any) -> tuple[str, Any]:
+    """The kind of a typed random key and its words; "" and the array for any other."""
+    if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return str(jax.random.key_impl(array)), jax.random.key_data(array)
+    return "", array
+
+
+def _packed(tag: str, arrays: list[tuple[str, np.ndarray]]) -> bytes:
+    header = json.dumps([tag, [[key, array.dtype.name, array.shape] for key, array in arrays]]).encode()
     body = io.BytesIO()
-    for array in arrays:
+    for _, array in arrays:
         body.write(np.ascontiguousarray(array).tobytes())
     return _LENGTHS.pack(len(header), body.tell()) + header + body.getvalue()
 
 
-def _unpacked(header: bytes | bytearray, body: bytes | bytearray) -> tuple[str, list[np.ndarray]]:
+def _unpacked(header: bytes | bytearray, body: bytes | bytearray) -> tuple[str, list[tuple[str, np.ndarray]]]:
     tag, types = json.loads(bytes(header))
     arrays, place = [], 0
-    for name, shape in types:
+    for key, name, shape in types:
         dtype = jax.numpy.dtype(name)
         count = int(np.prod(shape, dtype=np.int64))
-        arrays.append(np.frombuffer(body, dtype, count, place).reshape(shape))
+        arrays.append((key, np.frombuffer(body, dtype, count, place).reshape(shape)))
         place += count * dtype.itemsize
     return tag, arrays
 
