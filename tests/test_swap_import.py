@@ -19,7 +19,7 @@ import jaxext
 
 OWN = {
     "Report", "ab", "abtest", "accelerate", "cli", "collect", "disabled", "explain", "install", "is_installed",
-    "kernels", "release_memory", "rewrite", "uninstall",
+    "kernels", "pipeline", "pipelining", "release_memory", "rewrite", "uninstall",
 }  # fmt: skip
 
 

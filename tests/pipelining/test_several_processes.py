@@ -50,7 +50,7 @@ def test_processes_give_the_bits_that_devices_of_one_process_give(name, schedule
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("killed", "process 0 waits for B0 of stage 1"),
+        ("killed", "from process 1, which is gone"),
         ("stalled", "from process 1, which has not sent it for 3 s. Look at the log of process 1"),
         ("plan", "Start all processes with the same program, arguments and packages"),
     ],
