@@ -18,7 +18,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ except ImportError as error:
     ) from error
 
 Literal = jex_core.Literal
+_EMPTY_CELL = CellType()
 Tracer = core.Tracer
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
@@ -144,6 +145,32 @@ def differentiates_its_body(eqn: Any) -> bool:
     if body.debug_info is None or rule is None or "custom_derivatives.py" in rule.func_src_info:
         return False
     return all(_JAX_FOLDER in info.func_src_info for info in (body.debug_info, rule))
+
+
+def keeps_tracers(jaxpr: Any) -> bool:
+    """True where a derivative rule in `jaxpr` holds values of its trace (array arguments in `nondiff_argnums`).
+
+    Such a function cannot be differentiated from its jaxpr: the rule would meet tracers of a trace that has ended.
+    """
+    rules = (eqn.params.get("jvp_jaxpr_fun") for eqn in open_jaxpr(jaxpr)[0].eqns)
+    return any(_holds_tracer(rule, 8) for rule in rules if rule is not None)
+
+
+def _holds_tracer(x: Any, depth: int) -> bool:
+    if isinstance(x, Tracer) or depth == 0:
+        return isinstance(x, Tracer)
+    match x:
+        case lu.WrappedFun():
+            parts = [x.f, *(argument for _, arguments in x.transforms for argument in arguments)]
+        case functools.partial():
+            parts = [x.func, *x.args, *x.keywords.values()]
+        case tuple() | list():
+            parts = list(x)
+        case FunctionType():
+            parts = [cell.cell_contents for cell in x.__closure__ or () if cell != _EMPTY_CELL]
+        case _:
+            parts = [x.val] if hasattr(x, "val") else []
+    return any(_holds_tracer(part, depth - 1) for part in parts)
 
 
 def operands(eqn: Any, parameter: str) -> list[int | None]:

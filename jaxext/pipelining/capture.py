@@ -126,6 +126,11 @@ def _stand_in(losses: list[Loss], fun: Callable[..., Any]) -> Callable[..., Any]
 
         with hooks.intercepting(None):
             closed = compat.trace(flat, [jax.typeof(leaf) for leaf in leaves], name=compat.user_name(fun))
+        if compat.keeps_tracers(closed):
+            raise Refusal(
+                f"{compat.user_name(fun)} has a derivative rule that is given arrays by nondiff_argnums",
+                "Give the rule these arrays as ordinary arguments.",
+            )
         graph = trace.build(closed)
         arrays = {value: array for value, array in graph.captures.items() if value.const is None}
         loss = Loss(graph, tuple(arrays), compat.user_name(fun))

@@ -107,10 +107,22 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
             reason = f"Python control flow on array values ({_first_line(error)})"
             record(_fallback(Entry("", location=compat.user_name(fun), reason=reason)), settings.strict)
             return fun(*args, **kwargs)
+        except jax.errors.UnexpectedTracerError:
+            # JAX says so of traced arrays in the nondiff_argnums of a custom_vjp.
+            return _as_it_is(fun, settings, args, kwargs)
+        if compat.keeps_tracers(closed):
+            return _as_it_is(fun, settings, args, kwargs)
         results = _apply(closed, arrays, settings, compat.user_name(fun), whole_step)
         return output.join(results)
 
     return run
+
+
+def _as_it_is(fun: Callable[..., Any], settings: Settings, args: Any, kwargs: Any) -> Any:
+    """`fun`, whose hand-written derivative works outside of a trace only, called once more."""
+    reason = "a derivative rule that is given arrays by nondiff_argnums cannot be traced"
+    record(_fallback(Entry("", location=compat.user_name(fun), reason=reason)), settings.strict)
+    return fun(*args, **kwargs)
 
 
 def _apply(closed: Any, arrays: Sequence[Any], settings: Settings, name: str, whole_step: bool) -> list[Any]:

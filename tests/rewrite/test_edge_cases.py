@@ -479,3 +479,36 @@ def test_a_constant_result_is_an_array_of_stocks_type(constant):
         assert isinstance(mine, jax.Array)
         assert (mine.dtype, mine.shape, mine.weak_type) == (theirs.dtype, theirs.shape, theirs.weak_type)
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_derivative_rule_that_is_given_an_array_outside_of_differentiation_is_left_to_stock():
+    """`nondiff_argnums` with a random key, as samplers have it: such a rule works outside of a trace only."""
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+    def sample(scale, key):
+        return scale * jax.random.normal(key, (4,))
+
+    @sample.defjvp
+    def _(key, primals, tangents):
+        return sample(primals[0], key), tangents[0] * jax.random.normal(key, (4,))
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def scaled(x, key):
+        return x
+
+    scaled.defvjp(lambda x, key: (x, None), lambda key, _, ct: (ct * jax.random.uniform(key, ct.shape),))
+
+    for function in (sample, scaled):
+
+        def loss(scale, function=function):
+            return jnp.sum(function(scale, jax.random.fold_in(jax.random.PRNGKey(0), 1)))
+
+        expected = jax.grad(loss)(jnp.float32(2.0))
+        with jaxext.collect() as report:
+            jaxext.install()
+            try:
+                found = jax.grad(loss)(jnp.float32(2.0))
+            finally:
+                jaxext.uninstall()
+        assert found == expected
+        assert "nondiff_argnums" in report.fallbacks[0].reason
