@@ -21,14 +21,14 @@ folder, name, schedule, microbatches, steps, fault = sys.argv[1:]
 rank = jax.process_index()
 step, args, state = next(p for p in PROGRAMS if p.name == name).make()
 count = int(microbatches) * (2 if fault == "plan" and rank == 1 else 1)
-timeout = 3.0 if fault else 120.0
+timeout = 15.0 if fault == "stalled" else 120.0
 pipelined = jaxext.pipeline(step, num_microbatches=count, schedule=schedule, timeout=timeout)
 losses = []
 for number in range(int(steps)):
     if fault == "killed" and rank == 1 and number == 1:
         os._exit(9)
     if fault == "stalled" and rank == 1 and number == 1:
-        time.sleep(60)
+        time.sleep(150)
     results = pipelined(*args)
     args = (*results[:state], *args[state:])
     losses.append(float(results[state]))

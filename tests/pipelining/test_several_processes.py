@@ -51,7 +51,7 @@ def test_processes_give_the_bits_that_devices_of_one_process_give(name, schedule
     ("fault", "message"),
     [
         ("killed", "from process 1, which is gone"),
-        ("stalled", "from process 1, which has not sent it for 3 s. Look at the log of process 1"),
+        ("stalled", "from process 1, which has not sent it for 15 s. Look at the log of process 1"),
         ("plan", "Start all processes with the same program, arguments and packages"),
     ],
 )
@@ -61,8 +61,8 @@ def test_a_process_that_fails_ends_the_others_with_an_error_that_names_it(fault,
     assert done.returncode != 0
     assert message in done.stdout
     assert "jaxext launch: process" in done.stderr
-    # The stalled process sleeps for a minute; nobody waits for it.
-    assert time.monotonic() - start < 55
+    # The stalled process would sleep on; nobody waits for it.
+    assert time.monotonic() - start < 140
 
 
 def test_launching_no_process_is_an_error():
