@@ -28,7 +28,7 @@ from .simulate import Costs
 from .transport import connect
 
 _CHUNKS = {"interleaved_1f1b": 2, "zb_v": 2, "dualpipe_v": 2}
-# Microbatches per stage that are aimed at: 1F1B then idles for 3 stages in 4 of a fifth of the time.
+# Microbatches per stage that are aimed at: the bubble of 1F1B is then (p - 1) / (5p - 1) of the step, below a fifth.
 _MICROBATCHES_PER_STAGE = 4
 
 
