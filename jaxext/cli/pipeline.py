@@ -99,7 +99,7 @@ def _compare(console: Any, workload: Any, pipelined: Any, plan: Any, steps: int)
     plain, piped = (statistics.median(times) for times in seconds.values())
     predicted = simulate(plan.schedule, costs)
     console.print(f"time: {plain / piped:.2f}x plain jit on one device, medians of {steps} interleaved steps")
-    speedup, bubble = sum(predicted.busy) / predicted.makespan, predicted.bubble / predicted.makespan
+    speedup, bubble = sum(predicted.busy) / predicted.makespan, predicted.bubble_fraction
     console.print(
         f"from the stages' measured passes, on devices that do not share cores: {speedup:.2f}x one device, "
         f"bubble {bubble:.0%} of the loss"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core as jex_core
 
 from .. import _jax_compat as compat
@@ -22,6 +21,7 @@ from .. import _settings
 from ..rewrite import hooks, trace
 from ..rewrite.trace import Graph, Node, Value
 from .refusal import Refusal
+from .stage import is_float
 
 _LOSS = jex_core.Primitive("jaxext_loss")
 _LOSS.multiple_results = True
@@ -50,7 +50,7 @@ class Loss:
     @property
     def gradients(self) -> list[Value]:
         """The inputs that have a gradient: those of a floating or complex type."""
-        return [value for value in self.graph.inputs if jax.numpy.issubdtype(value.dtype, np.inexact)]
+        return [value for value in self.graph.inputs if is_float(value)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from .capture import Captured
 from .microbatch import Kind, Typing
 from .placement import Placement, Segment
 from .program import StageProgram
-from .stage import Stage, evaluate
+from .stage import Stage, ancestors, function
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +39,6 @@ class CompiledStep:
       captured: the step on the batch. typing: its loss, and what each value is to a microbatch.
       stages, programs: the stages of the loss. homes: the stage on which each parameter of the loss lives.
       prepare: per stage, from the loss's operands to what its forward pass takes of the batch (values of the batch).
-      finish: per stage, from the microbatches' values to those of the batch.
       epilogue: what of the loss's results needs the whole batch, on the last stage; None where nothing does.
       placement: the segments around the loss. segments: their functions.
     """
@@ -77,7 +78,7 @@ def compile_step(
     programs = [program.build(s, typing, num_microbatches, f"stage{n}") for n, s in enumerate(stages)]
     homes = _homes(typing, stages)
     prepare = [_prepare(typing, stage, n) for n, stage in enumerate(stages)]
-    epilogue = _epilogue(typing, len(stages))
+    epilogue = _epilogue(typing)
     if epilogue is not None:
         types = _types_of_batch(typing)
         data = [value for value in epilogue.inputs if types[value].kind is Kind.DATA]
@@ -98,15 +99,7 @@ def _homes(typing: Typing, stages: Sequence[Stage]) -> list[int]:
 def _jitted(
     nodes: Sequence[Node], inputs: list[Value], outputs: list[Value], name: str, donated: tuple[int, ...] = ()
 ) -> Function:
-    def run(*arrays: Any) -> list[Any]:
-        env: dict[Value, Any] = dict(zip(inputs, arrays, strict=True))
-
-        def read(value: Value) -> Any:
-            return env.get(value, value.const)
-
-        evaluate(nodes, env, read, {})
-        return [read(value) for value in outputs]
-
+    run = function(nodes, inputs, outputs)
     run.__name__ = run.__qualname__ = name
     return Function(inputs, outputs, accelerate(run, donate_argnums=donated), donated)
 
@@ -118,8 +111,12 @@ def _prepare(typing: Typing, stage: Stage, number: int, more: Sequence[Value] = 
 
 
 def _from_operands(graph: Graph, outputs: list[Value], name: str) -> Function:
-    needed = placement.ancestors(outputs)
-    nodes = [node for node in graph.nodes if node in needed]
+    needed = ancestors(outputs)
+    return _closed([node for node in graph.nodes if node in needed], outputs, name)
+
+
+def _closed(nodes: Sequence[Node], outputs: list[Value], name: str) -> Function:
+    """`nodes` as a function of whatever they and `outputs` take from outside."""
     made = {value for node in nodes for value in node.outputs}
     read = dict.fromkeys([*(value for node in nodes for value in node.inputs), *outputs])
     inputs = [value for value in read if value not in made and value.const is None]
@@ -130,7 +127,7 @@ def _types_of_batch(typing: Typing) -> dict[Value, microbatch.Type]:
     return {typing.pair[value]: found for value, found in typing.types.items() if value in typing.pair}
 
 
-def _epilogue(typing: Typing, num_stages: int) -> Function | None:
+def _epilogue(typing: Typing) -> Function | None:
     types = _types_of_batch(typing)
     wanted = [v for v in typing.full.outputs if v.const is None and types[v].kind in (Kind.WHOLE, Kind.DATA)]
     if not wanted:
@@ -142,11 +139,7 @@ def _epilogue(typing: Typing, num_stages: int) -> Function | None:
         if node is not None and node not in nodes:
             nodes.add(node)
             stack += [v.node for v in node.inputs if v.const is None and types[v].kind is Kind.WHOLE]
-    ordered = [node for node in typing.full.nodes if node in nodes]
-    made = {value for node in ordered for value in node.outputs}
-    read = dict.fromkeys([*(v for node in ordered for v in node.inputs), *wanted])
-    inputs = [value for value in read if value not in made and value.const is None]
-    return _jitted(ordered, inputs, wanted, "whole_batch")
+    return _closed([node for node in typing.full.nodes if node in nodes], wanted, "whole_batch")
 
 
 def _place(
@@ -190,10 +183,7 @@ def _segment(graph: Graph, segment: Segment, donated: Sequence[Value], placed: P
 def combine(kind: Kind, axis: int | None, parts: Sequence[Any]) -> Any:
     """The value of the batch from those of the microbatches."""
     if kind is Kind.SUM:
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return functools.reduce(operator.add, parts)
     return parts[-1] if axis is None else jnp.concatenate(parts, axis)
 
 
@@ -210,7 +200,4 @@ def finish(typing: Typing, stage: Stage, number: int) -> Callable[[list[list[Any
 
 def combine_gradients(parts: Sequence[Any], dtype: Any) -> Any:
     """The gradient of a parameter from those of the stages that use it."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.astype(dtype)
+    return functools.reduce(operator.add, parts).astype(dtype)

@@ -82,7 +82,8 @@ class Executor:
         ]
         self._zeros = [self._zero(program.accumulators, n) for n, program in enumerate(step.programs)]
         self._finish = [compiling.finish(step.typing, stage, n) for n, stage in enumerate(step.stages)]
-        self._sum = jax.jit(lambda parts, dtype: compiling.combine_gradients(parts, dtype), static_argnums=1)
+        self._sum = jax.jit(compiling.combine_gradients, static_argnums=1)
+        self._given_to_all = step.given_to_all
         self.last_run = LastRun([0] * len(self._devices))
 
     def _zero(self, types: Sequence[Any], stage: int) -> Any:
@@ -106,7 +107,7 @@ class Executor:
     def _put_input(self, arrays: _Arrays, value: Value, array: Any) -> None:
         """Small arrays and what the loss takes of the batch are on every process, the rest where it lives."""
         stage = self._step.placement.home(value)
-        if value in self._step.given_to_all or cost.nbytes(value.aval) <= placement.SMALL:
+        if value in self._given_to_all or cost.nbytes(value.aval) <= placement.SMALL:
             if not array.is_fully_addressable:
                 raise ValueError(
                     f"pipeline: an argument {value.aval} is on another process's device alone, but every process needs "

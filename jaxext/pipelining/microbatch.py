@@ -20,6 +20,7 @@ from ..rewrite import trace
 from ..rewrite.trace import Graph, Node, Value
 from . import rows
 from .refusal import Refusal
+from .stage import is_float
 
 
 class Kind(enum.IntEnum):
@@ -259,9 +260,9 @@ def _check_derivative(outer: _Inference, node: Node, full: Node, operands: list[
     """A derivative that somebody wrote by hand has to treat examples one by one too."""
     ours, theirs = _derivative(node), _derivative(full)
     cotangents = [Type(Kind.ROW if _axis(outer.typing, v) is not None else Kind.DATA, _axis(outer.typing, v))
-                  for v in node.outputs if _is_float(v)]  # fmt: skip
+                  for v in node.outputs if is_float(v)]  # fmt: skip
     found = _inside(outer, ours, theirs, [*operands, *cotangents], derivative=True)
-    differentiated = [operand for operand, value in zip(operands, node.inputs) if _is_float(value)]
+    differentiated = [operand for operand, value in zip(operands, node.inputs) if is_float(value)]
     for gradient, operand in zip(found, differentiated, strict=True):
         if gradient.axis != operand.axis or (operand.axis is None and gradient.kind is Kind.ROW):
             raise _Whole("a custom derivative moves the batch axis")
@@ -270,7 +271,7 @@ def _check_derivative(outer: _Inference, node: Node, full: Node, operands: list[
 def _derivative(node: Node) -> Any:
     """The jaxpr of the gradients of a node, a function of its operands and of the cotangents of its results."""
     count = len(node.inputs)
-    floats = [number for number, value in enumerate(node.inputs) if _is_float(value)]
+    floats = [number for number, value in enumerate(node.inputs) if is_float(value)]
 
     def gradients(*arrays: Any) -> Any:
         operands, cotangents = list(arrays[:count]), list(arrays[count:])
@@ -280,17 +281,13 @@ def _derivative(node: Node) -> Any:
             for number, array in zip(floats, differentiated):
                 filled[number] = array
             results = compat.bind(node.eqn, filled, node.params)
-            return [result for result, value in zip(results, node.outputs) if _is_float(value)]
+            return [result for result, value in zip(results, node.outputs) if is_float(value)]
 
         _, pull = jax.vjp(call, *(operands[number] for number in floats))
         return list(pull(cotangents))
 
-    cotangents = [value.aval for value in node.outputs if _is_float(value)]
+    cotangents = [value.aval for value in node.outputs if is_float(value)]
     return compat.trace(gradients, [*(value.aval for value in node.inputs), *cotangents])
-
-
-def _is_float(value: Value) -> bool:
-    return jax.numpy.issubdtype(value.dtype, np.inexact)
 
 
 def _scan(outer: _Inference, node: Node, full: Node, operands: list[Type]) -> list[Type]:

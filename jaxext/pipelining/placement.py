@@ -9,10 +9,11 @@ computed wherever they are needed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..rewrite.trace import Graph, Node, Value
 from . import cost
+from .stage import ancestors
 
 ANYWHERE = -1
 # Up to so many bytes, computing again is cheaper than sending.
@@ -70,17 +71,6 @@ def place(graph: Graph, loss: Node, anchors: Mapping[Value, int], operands: Mapp
         segment.nodes = _with_what_is_anywhere(segment.nodes, where)
     _connect(graph, loss, ordered, where, homes)
     return Placement(ordered, homes)
-
-
-def ancestors(values: Iterable[Value]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(values)
-    while stack:
-        node = stack.pop().node
-        if node is not None and node not in found:
-            found.add(node)
-            stack += node.inputs
-    return found
 
 
 # ---------------------------------------------------------------- homes of values

@@ -20,7 +20,7 @@ from ..rewrite import trace
 from ..rewrite.trace import Node, Value
 from . import cost
 from .microbatch import Typing
-from .stage import Stage, evaluate, is_float
+from .stage import Stage, ancestors, evaluate, function, is_float
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,7 +44,7 @@ class StageProgram:
       weights: (*residuals, *cotangents, *for the weights, *accumulators) → accumulators.
       kept: where the residuals are. gradients: parameters that have one, by place; accumulators: their types.
       float_received, float_sent: by place, what has a cotangent.
-      separable: share of the backward pass that `weights` is, by cost.
+      residual_bytes: kept for one microbatch. costs: of `forward`, `cotangents`, `weights`, as in `cost.of_node`.
     """
 
     stage: Stage
@@ -210,21 +210,7 @@ def _without_copies(closed: Any, plain: int) -> tuple[Callable[..., list[Any]], 
             outputs.append(value)
         sources.append((False, returned[value]))
     types = [value.aval for value in graph.outputs[plain:]]
-    return _function(graph, graph.inputs, graph.nodes, outputs), Kept(sources), types
-
-
-def _function(graph: trace.Graph, inputs: Sequence[Value], nodes: Sequence[Node], outputs: Sequence[Value]) -> Any:
-    def run(*arrays: Any) -> list[Any]:
-        env: dict[Value, Any] = dict(graph.captures)
-        env.update(zip(inputs, arrays, strict=True))
-
-        def read(value: Value) -> Any:
-            return env.get(value, value.const)
-
-        evaluate(nodes, env, read, {})
-        return [read(value) for value in outputs]
-
-    return run
+    return function(graph.nodes, graph.inputs, outputs, graph.captures), Kept(sources), types
 
 
 class _Halves:
@@ -232,27 +218,16 @@ class _Halves:
 
     def __init__(self, closed: Any, count: int) -> None:
         graph = trace.build(closed)
-        first = _ancestors(graph.outputs[:count])
-        rest = [node for node in graph.nodes if node in _ancestors(graph.outputs[count:]) and node not in first]
+        first, second = ancestors(graph.outputs[:count]), ancestors(graph.outputs[count:])
+        rest = [node for node in graph.nodes if node in second and node not in first]
         made = {value for node in first for value in node.outputs}
         wanted = [*(value for node in rest for value in node.inputs), *graph.outputs[count:]]
         handed = [value for value in dict.fromkeys(wanted) if value in made]
         ordered = [node for node in graph.nodes if node in first]
-        self.both = _function(graph, graph.inputs, graph.nodes, graph.outputs)
-        self.first = _function(graph, graph.inputs, ordered, [*graph.outputs[:count], *handed])
-        self.second = _function(graph, [*graph.inputs, *handed], rest, graph.outputs[count:])
+        self.both = function(graph.nodes, graph.inputs, graph.outputs, graph.captures)
+        self.first = function(ordered, graph.inputs, [*graph.outputs[:count], *handed], graph.captures)
+        self.second = function(rest, [*graph.inputs, *handed], graph.outputs[count:], graph.captures)
         self.costs = (sum(map(cost.of_node, ordered)), sum(map(cost.of_node, rest)))
-
-
-def _ancestors(values: Sequence[Value]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(values)
-    while stack:
-        node = stack.pop().node
-        if node is not None and node not in found:
-            found.add(node)
-            stack += node.inputs
-    return found
 
 
 def _accumulating(run: Callable[..., list[Any]], before: int, accumulators: Sequence[Any], name: str) -> Any:

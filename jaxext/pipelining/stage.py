@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,39 @@ def evaluate(
                     inputs = adjust[operation](inputs)
                 outputs = compat.bind(eqn, inputs, operation.params)
         env.update(zip(operation.outputs, outputs, strict=True))
+
+
+def function(
+    nodes: Sequence[Node],
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    captures: Mapping[Value, Any] | None = None,
+) -> Callable[..., list[Any]]:
+    """The function from arrays for `inputs` to those for `outputs` that `nodes` compute; `captures`: of their graph."""
+
+    def run(*arrays: Any) -> list[Any]:
+        env: dict[Value, Any] = dict(captures or {})
+        env.update(zip(inputs, arrays, strict=True))
+
+        def read(value: Value) -> Any:
+            return env.get(value, value.const)
+
+        evaluate(nodes, env, read, {})
+        return [read(value) for value in outputs]
+
+    return run
+
+
+def ancestors(values: Iterable[Value]) -> set[Node]:
+    """The nodes that these values are computed by."""
+    found: set[Node] = set()
+    stack = list(values)
+    while stack:
+        node = stack.pop().node
+        if node is not None and node not in found:
+            found.add(node)
+            stack += node.inputs
+    return found
 
 
 def is_float(value: Value) -> bool:
