@@ -25,11 +25,11 @@ _installed = _Installed()
 def install(*, memory: str = "reuse", exclude: str | Iterable[str] = ()) -> None:
     """Every function that this process traces from now on runs on jaxext's kernels. A second call changes nothing.
 
-    Call it before the first computation. JAXEXT_DISABLE=1 makes it do nothing.
+    JAXEXT_DISABLE=1 makes it do nothing.
 
     Args:
-      memory: "reuse": the process keeps and reuses XLA's large buffers, "system": memory is left alone. Reuse works
-        only ahead of the first computation; a late call says so in one line on stderr.
+      memory: "reuse": the process keeps and reuses XLA's large buffers, "system": memory is left alone. Where reuse
+        is not possible, one line on stderr says why.
       exclude: kernels not to use.
 
     Raises:
@@ -53,7 +53,7 @@ def install(*, memory: str = "reuse", exclude: str | Iterable[str] = ()) -> None
 def uninstall() -> None:
     """New traces are plain JAX again, and jitted functions run the programs they had before `install`.
 
-    Functions under `accelerate` stay accelerated; memory settings stay as they are, as threads keep them.
+    Functions under `accelerate` stay accelerated; memory reuse stays as it is.
     """
     with _lock:
         _settings.set_everywhere(None)

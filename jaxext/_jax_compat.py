@@ -35,7 +35,6 @@ try:
         pjit,
         source_info_util,
         traceback_util,
-        xla_bridge,
     )
     from jax._src import linear_util as lu
     from jax._src.interpreters import partial_eval as pe
@@ -424,11 +423,6 @@ def distributed_store() -> tuple[Any, str]:
     if state.client is None or state.coordinator_address is None:
         raise RuntimeError("JAX's distributed runtime is not running. Call jax.distributed.initialize() first.")
     return state.client, state.coordinator_address
-
-
-def backends_started() -> bool:
-    """True once JAX has started its devices' threads, which the first computation does."""
-    return xla_bridge.backends_are_initialized()
 
 
 # ---------------------------------------------------------------- hooks

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "machine.h"
+#include "memory/hook.h"
 #include "peak.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -39,6 +40,17 @@ double measure_peak_of(const std::string& kind, int threads, double seconds) {
   throw std::invalid_argument("argument 'kind' must be 'f32', 'bf16' or 'copy', not '" + kind + "'");
 }
 
+nb::object pool_counts() {
+  if (pool() == nullptr) return nb::none();
+  const BlockPool::Counts counts = pool()->counts();
+  nb::dict found;
+  found["live"] = counts.live;
+  found["kept"] = counts.kept;
+  found["reused"] = counts.reused;
+  found["fresh"] = counts.fresh;
+  return found;
+}
+
 }  // namespace
 }  // namespace jaxext
 
@@ -54,4 +66,9 @@ NB_MODULE(_native, m) {
         "The XLA FFI version this module was built against.");
   m.def("measure_peak", &measure_peak_of, nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"),
         "Measured FLOP/s ('f32', 'bf16') or bytes per second read and written ('copy').");
+  m.def("start_pool", &start_pool, "Leads jaxlib's large requests to the block pool; '' or why it cannot.");
+  m.def("stop_pool", &stop_pool, "jaxlib asks the system again; blocks in use stay valid.");
+  m.def("release_pool", &release_pool, "Gives the pages of the pool's free blocks back.");
+  m.def("pool_counts", &pool_counts,
+        "Bytes live and kept, requests answered by a kept block and by new pages; None before the first start.");
 }

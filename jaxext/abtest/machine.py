@@ -47,7 +47,7 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": str(jax.devices()[0].device_kind),
         "memory": memory.memory,
-        "huge pages": memory.huge_pages + (" (asked for by malloc)" if memory.huge_pages_tunable else ""),
+        "huge pages": memory.huge_pages,
     }
     found.update({name: os.environ[name] for name in _VARIABLES if os.environ.get(name)})
     return found

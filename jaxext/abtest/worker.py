@@ -48,7 +48,6 @@ def _serve(host: Any, answers: IO[str]) -> None:
 def main() -> None:
     order = json.loads(sys.argv[1])
     answers = _own_output()
-    # Before anything starts JAX's threads, which keep the memory they began with.
     from jaxext.abtest.machine import set_memory
 
     note = set_memory(order["memory"])

@@ -7,8 +7,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from jaxext import _memory
-
 
 class _NotifyingLoader(Loader):
     """The module's own loader, with a word to the watcher before and after the module runs."""
@@ -75,12 +73,9 @@ def install_with_jax(memory: str, then: Callable[[], None] = lambda: None) -> No
     """Arranges that jaxext is installed by the time `import jax` returns, here and in spawned child processes.
 
     Args:
-      memory: as of `jaxext.install`; it takes effect at once, ahead of any thread.
+      memory: as of `jaxext.install`.
       then: called after the installation.
     """
-    note = _memory.apply(memory)
-    if note:
-        print(f"jaxext run: {note}", file=sys.stderr)
 
     def ready() -> None:
         _install(memory)

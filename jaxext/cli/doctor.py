@@ -136,30 +136,26 @@ def _load() -> Finding:
 
 
 def _memory_section() -> Iterator[Finding]:
-    state = _memory.state()
-    yield Finding("allocator", state.allocator)
-    if state.note:
-        yield Finding("memory reuse", "not possible", state.note)
+    problem = _memory.impossible()
+    if problem:
+        yield Finding("memory reuse", "not possible", problem)
     else:
         yield Finding("memory reuse", "possible: on under `jaxext run` and after jaxext.install()")
-    yield _huge_pages(state)
+    yield _huge_pages(_memory.state().huge_pages)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = re.search(r"MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"))
     free = f", {int(available.group(1)) / 2**20:.1f} GiB available" if available else ""
     yield Finding("main memory", f"{total / 2**30:.1f} GiB{free}")
 
 
-def _huge_pages(state: _memory.MemoryState) -> Finding:
+def _huge_pages(setting: str) -> Finding:
     name = "huge pages"
-    if state.huge_pages == "always" or (state.huge_pages == "madvise" and state.huge_pages_tunable):
-        return Finding(name, f"on ({state.huge_pages})")
-    if state.huge_pages == "madvise":
-        advice = "start programs with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment."
-        return Finding(name, "only on request (madvise), and glibc does not ask", advice)
-    if state.huge_pages == "never":
+    if setting == "madvise":
+        return Finding(name, "on request (madvise): memory reuse asks for them")
+    if setting == "never":
         advice = "an administrator can write madvise to /sys/kernel/mm/transparent_hugepage/enabled."
         return Finding(name, "off (never)", advice)
-    return Finding(name, "none in this kernel")
+    return Finding(name, "on (always)" if setting else "none in this kernel")
 
 
 # ---------------------------------------------------------------- jaxext and JAX

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-import interleaved  # first: memory reuse precedes JAX's threads
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np

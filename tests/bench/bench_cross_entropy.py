@@ -5,7 +5,7 @@ python tests/bench/bench_cross_entropy.py [cross_entropy | linear]
 
 import sys
 
-import interleaved  # first: memory reuse precedes JAX's threads
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np

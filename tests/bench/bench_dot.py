@@ -9,7 +9,7 @@ jaxext's rule takes the product.
 import os
 import sys
 
-import interleaved  # first: memory reuse precedes JAX's threads
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -9,7 +9,7 @@ move (forward: x and the result; backward: also the cotangent and dx) amount to.
 import sys
 from functools import partial
 
-import interleaved  # first: memory reuse precedes JAX's threads
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,7 +5,7 @@
 Prints milliseconds, the ratio stock / jaxext, and whether jaxext's rule takes the shape.
 """
 
-import interleaved  # first: memory reuse precedes JAX's threads
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -6,7 +6,7 @@ Prints milliseconds, the ratio stock / jaxext, the share of copy bandwidth at wh
 rule takes the shape.
 """
 
-import interleaved  # first: memory reuse precedes JAX's threads
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np

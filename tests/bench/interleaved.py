@@ -6,7 +6,7 @@ import time
 
 from jaxext import _memory, _native
 
-MEMORY = _memory.apply("reuse")  # before JAX starts its threads: later it does nothing
+MEMORY = _memory.apply("reuse")
 
 import jax  # noqa: E402
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from jaxext import _memory
 from jaxext.cli import doctor
 
 
@@ -45,7 +44,6 @@ def test_settings_that_cost_speed_get_advice():
         JAX_DISABLE_JIT="1",
         JAX_ENABLE_X64="1",
         JAX_COMPILATION_CACHE_DIR="cache",
-        GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
         XLA_FLAGS="--xla_cpu_multi_thread_eigen=false",
     )
     findings = by_name(json.loads(done.stdout))
@@ -101,28 +99,20 @@ def test_hooks_are_tried_and_taken_out_again():
 
 
 @pytest.mark.parametrize(
-    ("setting", "tunable", "value", "advice"),
+    ("setting", "value", "advice"),
     [
-        ("always", False, "on (always)", ""),
-        ("madvise", True, "on (madvise)", ""),
-        (
-            "madvise",
-            False,
-            "only on request (madvise), and glibc does not ask",
-            "start programs with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment.",
-        ),
+        ("always", "on (always)", ""),
+        ("madvise", "on request (madvise): memory reuse asks for them", ""),
         (
             "never",
-            True,
             "off (never)",
             "an administrator can write madvise to /sys/kernel/mm/transparent_hugepage/enabled.",
         ),
-        ("", False, "none in this kernel", ""),
+        ("", "none in this kernel", ""),
     ],
 )
-def test_huge_pages(setting, tunable, value, advice):
-    state = _memory.MemoryState("system", "glibc 2.36", "", setting, tunable, 0, 0)
-    finding = doctor._huge_pages(state)
+def test_huge_pages(setting, value, advice):
+    finding = doctor._huge_pages(setting)
     assert (finding.value, finding.advice) == (value, advice)
 
 
