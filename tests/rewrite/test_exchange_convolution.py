@@ -96,3 +96,19 @@ def test_others_stay_with_stock(x, w, options):
     options = {"padding": "SAME"} | options
     function = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), dimension_numbers=numbers, **options)  # noqa: E731
     assert not jaxext.explain(function)(*arrays(x, w)).to_dict()["replaced"]
+
+
+def test_a_trace_under_disable_jit_exchanges_operations_too():
+    """Found by haiku's summaries, which trace a model under it: an exchange by an expression had no call to stand in."""
+    image, kernel = jnp.ones((8, 2, 2, 512)), jnp.ones((3, 3, 512, 64))
+
+    def convolve(image, kernel):
+        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    jaxext.install(memory="system")
+    try:
+        with jax.disable_jit(), jaxext.collect() as report:
+            assert jax.eval_shape(convolve, image, kernel).shape == (8, 2, 2, 64)
+    finally:
+        jaxext.uninstall()
+    assert [entry.kernel for entry in report.replaced] == ["convolution"]
