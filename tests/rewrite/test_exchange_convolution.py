@@ -99,7 +99,7 @@ def test_others_stay_with_stock(x, w, options):
 
 
 def test_a_trace_under_disable_jit_exchanges_operations_too():
-    """Found by haiku's summaries, which trace a model under it: an exchange by an expression had no call to stand in."""
+    """Found by the summaries of haiku, which trace a model under it: an exchange by an expression had no call."""
     image, kernel = jnp.ones((8, 2, 2, 512)), jnp.ones((3, 3, 512, 64))
 
     def convolve(image, kernel):
