@@ -86,9 +86,12 @@ def refine(dims: Dims, splits: Splits) -> Dims:
 def regroup(dims: Dims, shape: Sequence[int], splits: Splits | None = None) -> Dims | None:
     """The labels of an array of `shape` that is a reshape of one labelled `dims`.
 
-    None where a label would have to be cut in two and `splits` is None; else the cut is noted in `splits`.
+    None where a label would have to be cut in two and `splits` is None; else the cut is noted in `splits`. None for an
+    array without elements, of which any shape is a reshape of any other.
     """
     queue = [axis for dim in dims for axis in dim][::-1]
+    if any(axis.size == 0 for axis in queue):
+        return None
     result: list[tuple[Axis, ...]] = []
     for size in shape:
         group: list[Axis] = []

@@ -8,6 +8,8 @@ import pytest
 from agreement import assert_agrees, assert_matched, assert_missed, normals, report_of
 from jax import lax
 
+import jaxext
+
 B, T, F, V = 2, 6, 16, 40
 LABELS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)), jnp.int32)
 STRAY = LABELS.at[0, 0].set(-100).at[0, 1].set(-3).at[1, 1].set(V + 9)
@@ -186,3 +188,16 @@ def test_the_logit_of_another_array_is_a_near_miss():
 def test_entropy_is_no_cross_entropy_of_labels():
     report = report_of(lambda z: -of_label(jnp.log(jax.nn.softmax(z) + 1e-3)), logits())
     assert not report.replaced
+
+
+def test_a_batch_without_rows_is_left_to_stock_without_a_failure_of_the_matcher():
+    """Found by distrax's tests of samples of shape (0,)."""
+
+    def loss(logits, labels):
+        chances = jax.nn.log_softmax(logits.reshape(-1, 5))
+        return -jnp.take_along_axis(chances, labels.reshape(-1, 1), axis=-1).sum()
+
+    logits, labels = jnp.zeros((0, 3, 5)), jnp.zeros((0, 3), jnp.int32)
+    report = jaxext.explain(jax.grad(loss))(logits, labels)
+    assert "failed" not in str(report)
+    assert jaxext.accelerate(jax.grad(loss))(logits, labels).shape == (0, 3, 5)
