@@ -70,19 +70,19 @@ def apply(memory: str) -> str:
     global _in_force, _note
     if memory not in CHOICES:
         raise ValueError(f"memory must be 'reuse' or 'system', not {memory!r}.")
-    if memory == _in_force:
-        return _note
     if memory == "system":
-        _native().stop_pool()
-        _in_force = memory
-        return _note
-    _note = impossible()
-    if not _note:
-        problem = _native().start_pool()
-        _note = f"no memory reuse: {problem}; the system's own behaviour is kept" if problem else ""
-    if not _note:
-        _in_force = memory
+        if _in_force == "reuse":
+            _native().stop_pool()
+        _in_force, _note = "system", ""
+    elif _in_force == "system":
+        _note = impossible() or _start()
+        _in_force = "system" if _note else "reuse"
     return _note
+
+
+def _start() -> str:
+    problem = _native().start_pool()
+    return f"no memory reuse: {problem}; the system's own behaviour is kept" if problem else ""
 
 
 def release_memory() -> int:

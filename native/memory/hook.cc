@@ -71,7 +71,8 @@ constexpr unsigned slot_types[] = {0};
 struct Replacement {
   const char* name;
   void* function;
-  int slots;
+  int slots;    // that were found
+  int refused;  // of them, that could not be written
 };
 
 bool set_slot(uintptr_t slot, void* function) {
@@ -126,7 +127,10 @@ int replace_in(dl_phdr_info* library, size_t, void* data) {
       if (symbol == 0 || !is_slot(ELF64_R_TYPE(entry.r_info))) continue;
       const char* name = table.names + table.symbols[symbol].st_name;
       for (Replacement* r = replacements; r->name != nullptr; ++r)
-        if (strcmp(r->name, name) == 0 && set_slot(library->dlpi_addr + entry.r_offset, r->function)) ++r->slots;
+        if (strcmp(r->name, name) == 0) {
+          ++r->slots;
+          r->refused += !set_slot(library->dlpi_addr + entry.r_offset, r->function);
+        }
     }
   }
   return 1;
@@ -134,14 +138,15 @@ int replace_in(dl_phdr_info* library, size_t, void* data) {
 
 std::string lead_to_pool() {
   // free and realloc first: a block of the pool must never reach the C library's.
-  Replacement freeing[] = {{"free", reinterpret_cast<void*>(pool_free), 0},
-                           {"realloc", reinterpret_cast<void*>(pool_realloc), 0},
-                           {nullptr, nullptr, 0}};
+  Replacement freeing[] = {{"free", reinterpret_cast<void*>(pool_free), 0, 0},
+                           {"realloc", reinterpret_cast<void*>(pool_realloc), 0, 0},
+                           {nullptr, nullptr, 0, 0}};
   if (dl_iterate_phdr(replace_in, freeing) == 0) return "jaxlib's library libjax_common.so is not loaded";
   if (freeing[0].slots == 0) return "jaxlib does not call free of the C library";
-  Replacement taking[] = {{"posix_memalign", reinterpret_cast<void*>(pool_memalign), 0},
-                          {"malloc", reinterpret_cast<void*>(pool_malloc), 0},
-                          {nullptr, nullptr, 0}};
+  if (freeing[0].refused + freeing[1].refused > 0) return "jaxlib's table of calls cannot be written";
+  Replacement taking[] = {{"posix_memalign", reinterpret_cast<void*>(pool_memalign), 0, 0},
+                          {"malloc", reinterpret_cast<void*>(pool_malloc), 0, 0},
+                          {nullptr, nullptr, 0, 0}};
   dl_iterate_phdr(replace_in, taking);
   if (taking[0].slots == 0) return "jaxlib does not call posix_memalign of the C library";
   return "";
@@ -155,7 +160,8 @@ void before_fork() { the_pool->lock().lock(); }
 void after_fork() { the_pool->lock().unlock(); }
 
 std::string prepare() {
-  static BlockPool reserved;
+  // Never destroyed: jaxlib's threads and its own destructors free blocks until the process is gone.
+  static BlockPool& reserved = *new BlockPool;
   if (!reserved.reserve(size_t{1} << 40)) return std::string("the address range was refused: ") + strerror(errno);
   the_pool = &reserved;
   pthread_atfork(before_fork, after_fork, after_fork);

@@ -58,6 +58,12 @@ def in_f32(x):
     return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 
+def run_plain(name, cast=lambda x: x):
+    """Three steps of plain JAX, from arguments that went through `cast`."""
+    step, args, state = BY_NAME[name].make()
+    return run(plainly(step), jax.tree.map(cast, args), state, 3)
+
+
 def run_pipelined(name, schedule, stages, microbatches):
     """Three steps."""
     step, args, state = BY_NAME[name].make()
@@ -73,8 +79,7 @@ def plainly(step):
     ("name", "schedule", "stages", "microbatches"), [case for case in CHOSEN if case[0] not in HALF]
 )
 def test_three_steps_agree_with_plain_jit(name, schedule, stages, microbatches):
-    step, args, state = BY_NAME[name].make()
-    want = run(plainly(step), args, state, 3)
+    want = run_plain(name)
     got = run_pipelined(name, schedule, stages, microbatches)
     # Optimizers that divide by a gradient's size blow up its rounding.
     assert max(map(difference, want, got)) <= 5e-5
@@ -82,10 +87,7 @@ def test_three_steps_agree_with_plain_jit(name, schedule, stages, microbatches):
 
 @pytest.mark.parametrize(("name", "schedule", "stages", "microbatches"), [case for case in CHOSEN if case[0] in HALF])
 def test_three_steps_in_half_precision_err_no_more_than_twice_what_plain_jit_does(name, schedule, stages, microbatches):
-    step, args, state = BY_NAME[name].make()
-    exact = run(plainly(step), jax.tree.map(in_f32, args), state, 3)
-    step, args, state = BY_NAME[name].make()
-    stock = run(plainly(step), args, state, 3)
+    exact, stock = run_plain(name, in_f32), run_plain(name)
     got = run_pipelined(name, schedule, stages, microbatches)
     assert max(map(difference, exact, got)) <= 2 * max(map(difference, exact, stock))
 
