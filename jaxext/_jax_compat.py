@@ -255,7 +255,9 @@ def call_of(run: Callable[..., Any], eqn: Any, name: str) -> Any:
     named.__name__ = named.__qualname__ = name
     # Under disable_jit there would be no call.
     with jax.disable_jit(False):
-        traced, _ = open_jaxpr(trace(lambda *xs: [jax.jit(named)(*xs)], [var.aval for var in eqn.invars]))
+        traced, _ = open_jaxpr(
+            trace(lambda *xs: jax.tree.leaves(jax.jit(named)(*xs)), [var.aval for var in eqn.invars])
+        )
     (call,) = traced.eqns
     return call.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info, ctx=eqn.ctx)
 

@@ -28,6 +28,7 @@ KERNELS = (
     "cumsum",
     "random_bits",
     "convolution",
+    "recurrence",
 )
 
 

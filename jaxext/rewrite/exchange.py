@@ -19,10 +19,14 @@ from .report import Entry, Report
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """`run(*operands)` computes the equation's one result in plain JAX; `detail` says how, for the report."""
+    """`run(*operands)` computes the equation's result, or a list of its results, in plain JAX.
+
+    For the report: `detail` says how, `shapes` stands for the operands' types where these would say little.
+    """
 
     run: Callable[..., Any]
     detail: str
+    shapes: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +69,23 @@ class _Walk:
 
     def _equations(self, eqn: Any, location: str) -> list[Any]:
         name = eqn.primitive.name
-        if name in HIGHER_ORDER:
-            return [self._higher_order(eqn, f"{location}/{LOCATION.get(name, eqn.params.get('name', name))}")]
         wanted = self._wanted.get(name)
         chosen = wanted.choose(eqn) if wanted is not None and not left_out(wanted.kernel, eqn) else None
         if wanted is None or chosen is None:
-            return [eqn]
+            if name not in HIGHER_ORDER:
+                return [eqn]
+            return [self._higher_order(eqn, f"{location}/{LOCATION.get(name, eqn.params.get('name', name))}")]
         shapes = tuple(compat.short_type(var.aval) for var in eqn.invars)
         dtype = str(eqn.outvars[0].aval.dtype)
-        detail = chosen.detail if isinstance(chosen, Expression) else ""
+        detail = ""
+        if isinstance(chosen, Expression):
+            detail, shapes = chosen.detail, shapes if chosen.shapes is None else chosen.shapes
         entry = Entry(wanted.kernel, shapes, dtype, compat.user_line(eqn), location, detail=detail)
         self.report.replaced.append(entry)
         if isinstance(chosen, Expression):
-            return [compat.call_of(chosen.run, eqn, f"jaxext_{wanted.kernel}")]
+            call = compat.call_of(chosen.run, eqn, f"jaxext_{wanted.kernel}")
+            # What was inside an operation is inside the call now.
+            return [self._higher_order(call, location) if name in HIGHER_ORDER else call]
         op, params = chosen
         first = [] if wanted.before is None else [wanted.before(eqn)]
         operands = first[0].outvars if first else eqn.invars

@@ -12,6 +12,7 @@ from . import (
     linear_cross_entropy,
     norm,
     random_bits,
+    recurrence,
     sort,
     top_k,
 )
@@ -33,4 +34,5 @@ EXCHANGES: tuple[Exchange, ...] = (
     *cumulative.EXCHANGES,
     random_bits.EXCHANGE,
     convolution.EXCHANGE,
+    recurrence.EXCHANGE,
 )
