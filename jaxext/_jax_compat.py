@@ -246,22 +246,6 @@ def explicit_sharding(aval: Any) -> tuple[Any, ...]:
     return spec if any(axis is not None for axis in spec) else ()
 
 
-def call_of(run: Callable[..., Any], eqn: Any, name: str) -> Any:
-    """An equation that calls jitted `run(*operands)` in the place of `eqn`, between the same operands and results."""
-
-    def named(*operands: Any) -> Any:
-        return run(*operands)
-
-    named.__name__ = named.__qualname__ = name
-    # Under disable_jit there would be no call.
-    with jax.disable_jit(False):
-        traced, _ = open_jaxpr(
-            trace(lambda *xs: jax.tree.leaves(jax.jit(named)(*xs)), [var.aval for var in eqn.invars])
-        )
-    (call,) = traced.eqns
-    return call.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info, ctx=eqn.ctx)
-
-
 def is_partitionable_threefry(keys: Any) -> bool:
     """True for typed keys of JAX's default generator in its default form, where no check of key reuse looks on."""
     name = getattr(getattr(keys.dtype, "_impl", None), "name", "")

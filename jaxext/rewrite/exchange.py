@@ -1,7 +1,7 @@
 """Primitives exchanged one for one, in a function that nobody will differentiate any more.
 
-An equation keeps its operands, results and source line and gets an op's primitive, or calls an expression of JAX's own
-primitives that XLA runs faster; also inside scan, while, cond, checkpoint, shard_map and jit.
+An equation keeps its operands, results and source line and gets an op's primitive, or an expression of JAX's own
+primitives that XLA runs faster on a CPU; also inside scan, while, cond, checkpoint, shard_map and jit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from .. import _jax_compat as compat
 from .._settings import Settings
 from ..kernels._op import Op
+from . import written
 from .plan import HIGHER_ORDER, LOCATION, left_out
 from .report import Entry, Report
 
@@ -83,9 +84,8 @@ class _Walk:
         entry = Entry(wanted.kernel, shapes, dtype, compat.user_line(eqn), location, detail=detail)
         self.report.replaced.append(entry)
         if isinstance(chosen, Expression):
-            call = compat.call_of(chosen.run, eqn, f"jaxext_{wanted.kernel}")
-            # What was inside an operation is inside the call now.
-            return [self._higher_order(call, location) if name in HIGHER_ORDER else call]
+            new = written.equation(chosen.run, eqn, f"jaxext_{wanted.kernel}")
+            return [self._higher_order(new, location) if name in HIGHER_ORDER else new]
         op, params = chosen
         first = [] if wanted.before is None else [wanted.before(eqn)]
         operands = first[0].outvars if first else eqn.invars
@@ -95,7 +95,7 @@ class _Walk:
         if left_out("", eqn):
             return eqn
         changed = {}
-        for parameter in HIGHER_ORDER[eqn.primitive.name]:
+        for parameter in HIGHER_ORDER.get(eqn.primitive.name, (written.PARAMETER,)):
             value = eqn.params[parameter]
             new = tuple(self.inside(inner, location) for inner in (value if isinstance(value, tuple) else (value,)))
             old = value if isinstance(value, tuple) else (value,)

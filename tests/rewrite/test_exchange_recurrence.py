@@ -36,7 +36,7 @@ def products_in_loops(function, *args):
         total = 0
         for eqn in jaxpr.eqns:
             total += inside and eqn.primitive.name == "dot_general"
-            inner = [eqn.params[name] for name in ("jaxpr", "call_jaxpr") if name in eqn.params]
+            inner = [eqn.params[name] for name in ("jaxpr", "call_jaxpr", "written") if name in eqn.params]
             total += sum(count(x, inside or eqn.primitive.name == "scan") for x in inner)
         return total
 

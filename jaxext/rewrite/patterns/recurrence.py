@@ -14,7 +14,7 @@ from .. import loop
 from ..exchange import Exchange, Expression
 
 # A product of more rows is as fast in the loop. Measured in tests/bench/bench_recurrence.py.
-MOST_ROWS = 128
+MOST_ROWS = 64
 LEAST_STEPS = 8
 # What may be stacked besides what the loop stacks anyhow, where that is more.
 MOST_BYTES = 64 << 20

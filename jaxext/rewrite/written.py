@@ -1,0 +1,62 @@
+"""An operation written another way where that is faster: on one CPU device. Everywhere else it stays what it was.
+
+What XLA computes slowly on a CPU it may compute well on another platform, and a dimension that is spread over devices
+does not always survive being written otherwise. Both are known only when the program is lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
+
+from .. import _jax_compat as compat
+from ..kernels import _sharding
+
+PARAMETER = "written"  # holds the function that runs on one CPU device; "original" the one that runs elsewhere
+
+_written = Primitive("jaxext_written")
+_written.multiple_results = True
+
+
+def equation(run: Callable[..., Any], eqn: Any, name: str) -> Any:
+    """An equation in the place of `eqn`; on one CPU device it calls jitted `run(*operands)`, known as `name`."""
+
+    def named(*operands: Any) -> Any:
+        return run(*operands)
+
+    named.__name__ = named.__qualname__ = name
+    types = [var.aval for var in eqn.invars]
+    # Under disable_jit there would be no call.
+    with jax.disable_jit(False):
+        written = compat.trace(lambda *xs: jax.tree.leaves(jax.jit(named)(*xs)), types)
+        original = compat.trace(lambda *xs: compat.bind(eqn, xs, eqn.params), types)
+    return eqn.replace(primitive=_written, params={PARAMETER: written, "original": original})
+
+
+@_written.def_impl
+def _run(*operands: Any, **params: Any) -> Any:
+    with jax.disable_jit(False):
+        return jax.jit(lambda *xs: _written.bind(*xs, **params))(*operands)
+
+
+@_written.def_abstract_eval
+def _types(*_: Any, original: Any, **__: Any) -> Any:
+    return compat.out_types(original)
+
+
+def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, original: Any, **_: Any) -> Any:
+    return mlir.lower_fun(jaxpr_as_fun(original), multiple_results=True)(ctx, *operands)
+
+
+def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, written: Any, original: Any) -> Any:
+    chosen = original if _sharding.spans_devices(ctx) else written
+    return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
+
+
+mlir.register_lowering(_written, _lower)
+mlir.register_lowering(_written, _lower_for_cpu, platform="cpu")
+compat.lower_with_devices(_written)

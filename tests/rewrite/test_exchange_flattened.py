@@ -1,0 +1,102 @@
+"""Gradients of matrices over several leading dimensions, summed over these as over one: as exact as stock."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxext
+
+DETAIL = "summed dimensions as one"
+
+
+def arrays(*shapes, dtype="float32"):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def details(function, *args):
+    report = jaxext.explain(function)(*args).to_dict()["replaced"]
+    return [entry["detail"] for entry in report if entry["kernel"] == "matmul"]
+
+
+def products(function, *args):
+    """The products of an accelerated function as XLA gets them: their lines of StableHLO."""
+    text = jaxext.accelerate(function).lower(*args).as_text()
+    return [line for line in text.splitlines() if "dot_general" in line]
+
+
+@pytest.mark.parametrize("leading", [(8, 12), (3, 4, 5), (1, 9), (4, 0)], ids=str)
+def test_a_dense_layers_gradient(leading):
+    x, w, cotangent = arrays((*leading, 24), (24, 40), (*leading, 40))
+
+    def gradients(x, w, cotangent):
+        return jax.vjp(lambda x, w: x @ w, x, w)[1](cotangent)
+
+    assert details(gradients, x, w, cotangent) == [DETAIL]
+    rows = int(np.prod(leading))
+    assert (
+        sum(f"(tensor<{rows}x40xf32>, tensor<{rows}x24xf32>)" in line for line in products(gradients, x, w, cotangent))
+        == 1
+    )
+    ours, stock = jaxext.accelerate(gradients)(x, w, cotangent), jax.jit(gradients)(x, w, cotangent)
+    with jax.enable_x64(True):
+        exact = [np.asarray(g) for g in gradients(*(np.asarray(a, np.float64) for a in (x, w, cotangent)))]
+    for mine, theirs, true in zip(ours, stock, exact, strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        error, allowed = (np.abs(np.asarray(a, np.float64) - true).max(initial=0) for a in (mine, theirs))
+        assert error <= 2 * allowed + 4 * np.finfo(np.float32).eps * np.abs(true).max(initial=0)
+
+
+def test_precision_and_result_type_are_kept():
+    x, y = arrays((4, 6, 8), (4, 6, 10))
+
+    def product(x, y):
+        contracted = (((0, 1), (0, 1)), ((), ()))
+        return jax.lax.dot_general(x, y, contracted, precision="highest", preferred_element_type=jnp.float32)
+
+    assert details(product, x, y) == [DETAIL]
+    (line,) = products(product, x, y)
+    assert line.count("HIGHEST") == 2
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in (x, y)]
+        np.testing.assert_allclose(jaxext.accelerate(product)(*wide), product(*wide).astype(np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "numbers"),
+    [
+        (((24, 8), (24, 10)), (((0,), (0,)), ((), ()))),
+        (((4, 6, 8), (6, 4, 10)), (((0, 1), (1, 0)), ((), ()))),
+        (((8, 4, 6), (4, 6, 10)), (((1, 2), (0, 1)), ((), ()))),
+        (((4, 6, 2, 4), (4, 6, 10)), (((0, 1), (0, 1)), ((), ()))),
+        (((3, 4, 6, 8), (3, 4, 6, 10)), (((1, 2), (1, 2)), ((0,), (0,)))),
+    ],
+    ids=["one dimension", "crossed", "not leading", "more features", "a batch"],
+)
+def test_what_xla_computes_well_stays(shapes, numbers):
+    assert details(lambda x, y: jax.lax.dot_general(x, y, numbers), *arrays(*shapes)) == []
+
+
+def test_over_several_devices_or_on_another_platform_it_stays_as_it_was():
+    x, y = arrays((4, 6, 8), (4, 6, 10))
+    product = lambda x, y: jnp.einsum("abc,abd->cd", x, y)  # noqa: E731
+    step = jaxext.accelerate(product)
+    flattened, original = "tensor<24x10xf32>", "tensor<4x6x8xf32>, tensor<4x6x10xf32>"
+    assert flattened in step.lower(x, y).as_text()
+    elsewhere = step.trace(x, y).lower(lowering_platforms=("cuda",)).as_text()
+    assert flattened not in elsewhere and original in elsewhere
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    x, y = (jax.device_put(a, NamedSharding(mesh, PartitionSpec(None, "data"))) for a in (x, y))
+    lowered = step.lower(x, y)
+    assert flattened not in lowered.as_text() and original in lowered.as_text()
+    assert "all-gather" not in lowered.compile().as_text()
+    np.testing.assert_allclose(step(x, y), product(x, y), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_switched_off_with_the_other_products():
+    x, y = arrays((4, 6, 8), (4, 6, 10))
+    product = lambda x, y: jnp.einsum("abc,abd->cd", x, y)  # noqa: E731
+    assert details(product, x, y) == [DETAIL]
+    assert details(jaxext.accelerate(product, exclude="matmul"), x, y) == []
