@@ -99,7 +99,10 @@ def _patches(x: jax.Array, w: jax.Array, *, params: Any) -> jax.Array:
         pieces.append(jax.lax.slice(x, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *strides, 1)))
     # A product for each tap, summed afterwards: one long sum over taps and features would round three times as far off.
     taken = jax.numpy.stack(pieces)
-    taps = w.transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    # Apart from what reversed the kernel: XLA would do both at once, element by element, at a third of the speed. And
+    # apart from the product, which sums less exactly over features that come last.
+    taps = jax.lax.optimization_barrier(w).transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    taps = jax.lax.optimization_barrier(taps)
     taps = taps.reshape(len(pieces), *taps.shape[-2:])
     product = jax.lax.dot_general(
         taken,
