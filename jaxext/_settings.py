@@ -26,6 +26,8 @@ KERNELS = (
     "sort",
     "argmax",
     "cumsum",
+    "gather",
+    "scatter",
     "random_bits",
     "convolution",
     "recurrence",

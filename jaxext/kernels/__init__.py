@@ -7,6 +7,7 @@ from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_e
 from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
+from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
 from jaxext.kernels._norm import OPS as _NORMS
 from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
@@ -32,7 +33,7 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-_PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
+_PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS, GATHER, SCATTER)
 OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.

@@ -1,0 +1,176 @@
+"""Rows of an array by the numbers of its leading dimensions: read (gather), and added to in place (scatter).
+
+XLA computes a source for every element of a gather, and widens the whole table of a bfloat16 scatter; here a row is one
+copy, or one vector sum. Results are stock's bit for bit, but for bfloat16 sums, which are rounded once and not at every
+addition.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxext.kernels._element import ORDERED
+from jaxext.kernels._op import ArgSpec, Op, Role
+
+__all__ = ["GATHER", "SCATTER", "SCATTER_KINDS", "filler", "gather_gains", "scatter_gains"]
+
+SCATTER_KINDS = ("add", "max", "min")
+_SUMMED = ("float32", "bfloat16", "int32")
+_MOST_INDEXED = 4
+
+# Below, starting the call costs what it gains, or XLA's own copies are as fast. Measured in
+# tests/bench/bench_primitives.py.
+LEAST_ELEMENTS = 1 << 16
+LEAST_ROW_BYTES = 32
+
+
+def filler(dtype: str, value: float | None) -> np.generic:
+    """What stands in place of rows that are not there, a scalar of `dtype`; `value` None: JAX's own choice."""
+    return _filler(dtype, None if value is None or value != value else value)
+
+
+@functools.cache  # parameters are compared, and NaN is equal to itself only where it is the same object
+def _filler(dtype: str, value: float | None) -> np.generic:
+    kind = np.dtype(dtype)
+    if value is None:
+        integer = np.iinfo(kind) if kind.kind in "iu" else None
+        value = math.nan if integer is None else integer.min if kind.kind == "i" else integer.max
+    return np.asarray(value, kind)[()]
+
+
+def _gather(table: jax.Array, indices: jax.Array, *, fill: np.generic | None) -> Sequence[jax.Array]:
+    depth, batch = indices.shape[-1], indices.ndim - 1
+    row = table.shape[depth:]
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(batch, batch + len(row))),
+        collapsed_slice_dims=tuple(range(depth)),
+        start_index_map=tuple(range(depth)),
+    )
+    mode, value = ("clip", None) if fill is None else ("fill", fill)
+    return (jax.lax.gather(table, indices, numbers, (*(1,) * depth, *row), mode=mode, fill_value=value),)
+
+
+def _scatter(
+    table: jax.Array, indices: jax.Array, updates: jax.Array, *, kind: str, clips: bool
+) -> Sequence[jax.Array]:
+    depth, batch = indices.shape[-1], indices.ndim - 1
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(batch, updates.ndim)),
+        inserted_window_dims=tuple(range(depth)),
+        scatter_dims_to_operand_dims=tuple(range(depth)),
+    )
+    scatter = getattr(jax.lax, f"scatter_{kind}")
+    return (scatter(table, indices, updates, numbers, mode="clip" if clips else "drop"),)
+
+
+def _refuses_indices(table: Any, indices: Any) -> str | None:
+    depth = indices.shape[-1]
+    if indices.dtype != np.int32:
+        return f"'indices' is {indices.dtype}; the kernel takes int32"
+    if not 1 <= depth <= _MOST_INDEXED:
+        return f"{depth} dimensions are indexed; the kernel takes 1 to {_MOST_INDEXED}"
+    if max((*table.shape, math.prod(indices.shape))) >= 2**31:
+        return "a dimension has 2**31 elements or more"
+    return None
+
+
+def _refuses_gather(table: Any, indices: Any, *, fill: np.generic | None) -> str | None:
+    if table.dtype.name not in ORDERED:
+        return f"'table' is {table.dtype}; the kernel takes {', '.join(ORDERED)}"
+    return _refuses_indices(table, indices)
+
+
+def _refuses_scatter(table: Any, indices: Any, updates: Any, **_: Any) -> str | None:
+    if table.dtype.name not in _SUMMED or updates.dtype != table.dtype:
+        return f"'table' is {table.dtype} and 'updates' {updates.dtype}; the kernel takes {', '.join(_SUMMED)}"
+    return _refuses_indices(table, indices)
+
+
+def _row_bytes(table: Any, indices: Any) -> int:
+    return math.prod(table.shape[indices.shape[-1] :]) * table.dtype.itemsize
+
+
+def gather_gains(table: Any, indices: Any) -> bool:
+    """Whether the kernel is faster than XLA for rows of table: [*indexed, *row], indices: [*batch, depth]."""
+    row, count = _row_bytes(table, indices), math.prod(indices.shape[:-1])
+    return row >= LEAST_ROW_BYTES and row * count >= LEAST_ELEMENTS * table.dtype.itemsize
+
+
+def scatter_gains(table: Any, indices: Any, kind: str) -> bool:
+    """Whether the kernel is faster than XLA for updates of rows of table; as `gather_gains`."""
+    return gather_gains(table, indices)
+
+
+def _gather_attributes(*, fill: np.generic | None) -> Mapping[str, Any]:
+    bits = 0 if fill is None else int.from_bytes(fill.tobytes(), "little")
+    return {"clips": fill is None, "fill": np.int64(bits)}
+
+
+def _scatter_attributes(*, kind: str, clips: bool) -> Mapping[str, Any]:
+    return {"clips": clips, "kind": np.int64(SCATTER_KINDS.index(kind))}
+
+
+def _shared(n_operands: int, **_: Any) -> tuple[Role, ...]:
+    return ("shared",) * n_operands
+
+
+class _Rows(Op):
+    def leading(self, aval: Any, **params: Any) -> int:
+        # No batch: over several devices XLA's own gather and scatter, which it knows how to divide.
+        return 0
+
+
+def _spec(
+    name: str, table: tuple[int, ...], indices: tuple[int, ...], params: Mapping[str, Any], *, updates: bool = False
+) -> ArgSpec:
+    def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
+        chosen = rng.integers(-2, 1 + table[0], indices).astype(np.int32)
+        rows = (*indices[:-1], *table[indices[-1] :])
+        more = (rng.standard_normal(rows).astype(dtype),) if updates else ()
+        return rng.standard_normal(table).astype(dtype), chosen, *more
+
+    return ArgSpec(name, make, params)
+
+
+GATHER = _Rows(
+    "gather_rows",
+    _gather,
+    target="gather_rows",
+    core_rank=0,
+    roles=_shared,
+    attributes=_gather_attributes,
+    refuses=_refuses_gather,
+    needs_batch=True,
+    specs=(
+        _spec("rows", (50, 33), (70, 1), {"fill": None}),
+        _spec("filled", (50, 4, 8), (3, 9, 1), {"fill": filler("float32", 0)}),
+        _spec("two indexed dimensions", (5, 6, 65), (40, 2), {"fill": None}),
+        _spec("single elements", (50,), (40, 1), {"fill": filler("float32", 0)}),
+        _spec("no indices", (5, 9), (0, 1), {"fill": None}),
+    ),
+)
+SCATTER = _Rows(
+    "scatter_rows",
+    _scatter,
+    target="scatter_rows",
+    core_rank=0,
+    roles=_shared,
+    attributes=_scatter_attributes,
+    refuses=_refuses_scatter,
+    needs_batch=True,
+    aliases={0: 0},
+    specs=(
+        _spec("added", (20, 33), (300, 1), {"kind": "add", "clips": False}, updates=True),
+        _spec("added, clipped", (20, 4, 16), (3, 90, 1), {"kind": "add", "clips": True}, updates=True),
+        _spec("two indexed dimensions", (5, 6, 65), (40, 2), {"kind": "add", "clips": False}, updates=True),
+        _spec("largest", (20, 40), (300, 1), {"kind": "max", "clips": False}, updates=True),
+        _spec("smallest", (20, 7), (300, 1), {"kind": "min", "clips": False}, updates=True),
+        _spec("no updates", (20, 7), (0, 1), {"kind": "add", "clips": False}, updates=True),
+    ),
+)

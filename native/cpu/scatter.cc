@@ -1,0 +1,219 @@
+// scatter-add, -max and -min of whole rows, each row's updates in the order of their indices, however many threads.
+// Where the indices ascend the updates are divided among threads; otherwise one thread reads them as they come, which is
+// as fast as several that each skip the others' rows. bfloat16 sums are kept in float32 until a row is complete, so its
+// updates are put in order first.
+#include "cpu/indexed_rows.h"
+
+#ifdef JAXEXT_KERNEL
+#include "cpu/rows.h"
+
+namespace jaxext::JAXEXT_ISA {
+namespace {
+
+constexpr int64_t kTaskElements = 1 << 15;  // of a task, at least
+constexpr int64_t kAhead = 8;               // updates between the one that is asked for and the one that is read
+constexpr int64_t kAskedBytes = 1024;       // of a row; the hardware asks for the rest
+
+struct Add {
+  static JAXEXT_INLINE vf step(vf a, vf b) { return a + b; }
+  static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+};
+// As XLA's maximum and minimum: NaN wins, and +0 is above -0.
+struct Max {
+  static JAXEXT_INLINE vf step(vf a, vf b) {
+    const vf larger = select(a == b, (vf)((vi)a & (vi)b), select(a > b, a, b));
+    return select(a != a, a, larger);
+  }
+  static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return a > b ? a : b; }
+};
+struct Min {
+  static JAXEXT_INLINE vf step(vf a, vf b) {
+    const vf smaller = select(a == b, (vf)((vi)a | (vi)b), select(a < b, a, b));
+    return select(a != a, a, smaller);
+  }
+  static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return a < b ? a : b; }
+};
+
+// `row` takes in one update.
+template <class Kind, class T>
+JAXEXT_INLINE void take_in(float* row, const T* update, int64_t width) {
+  over_row(width, [&](int64_t j, auto part, int) {
+    part.put(row + j, Kind::step(part.get(row + j), part.get(update + j)));
+  });
+}
+template <class Kind>
+JAXEXT_INLINE void take_in(int32_t* row, const int32_t* update, int64_t width) {
+  for (int64_t j = 0; j < width; j++) row[j] = Kind::step(row[j], update[j]);
+}
+
+template <class To, class From>
+JAXEXT_INLINE void convert(To* to, const From* from, int64_t width) {
+  over_row(width, [&](int64_t j, auto part, int) { part.put(to + j, part.get(from + j)); });
+}
+
+// The updates in the order in which they are taken in: a permutation, or as they come.
+struct Order {
+  const RowNumbers& numbers;
+  const uint32_t* places;  // null: as they come
+  int64_t count, rows;
+  JAXEXT_INLINE int64_t place(int64_t i) const { return places ? places[i] : i; }
+  JAXEXT_INLINE int64_t row(int64_t i) const { return row_number(numbers, place(i), rows); }
+};
+
+JAXEXT_INLINE bool ascending(const Order& order) {
+  int64_t before = order.row(0);
+  for (int64_t i = 1; i < order.count; i++) {
+    const int64_t row = order.row(i);
+    if (row < before) return false;
+    before = row;
+  }
+  return true;
+}
+
+// Places of the updates, by row and then as they come; those of no row are left out. `starts`: [rows + 1].
+int64_t put_in_order(const Order& order, uint32_t* starts, uint32_t* places) {
+  memset(starts, 0, (order.rows + 1) * sizeof *starts);
+  auto kept = [&](int64_t row) { return row >= 0 && row < order.rows; };
+  for (int64_t i = 0; i < order.count; i++)
+    if (const int64_t row = order.row(i); kept(row)) starts[row]++;
+  uint32_t before = 0;
+  for (int64_t r = 0; r < order.rows; r++) {
+    const uint32_t own = starts[r];
+    starts[r] = before;
+    before += own;
+  }
+  for (int64_t i = 0; i < order.count; i++)
+    if (const int64_t row = order.row(i); kept(row)) places[starts[row]++] = (uint32_t)i;
+  return before;
+}
+
+// Updates [first, last) of the order. `sums`: room for one row, used where T is narrower than what is summed.
+template <class Kind, class T, class Sum>
+void some(const ScatterArgs& a, const Order& order, int64_t first, int64_t last, Sum* sums) {
+  constexpr bool widens = sizeof(Sum) != sizeof(T);
+  auto* table = static_cast<T*>(a.table);
+  const auto* updates = static_cast<const T*>(a.updates);
+  int64_t open = -1;  // the row that `sums` stands for
+  auto close = [&] {
+    if constexpr (widens)
+      if (open >= 0) convert(table + open * a.width, sums, a.width);
+  };
+  for (int64_t i = first; i < last; i++) {
+    if (i + kAhead < last) {
+      const auto* update = reinterpret_cast<const char*>(updates + order.place(i + kAhead) * a.width);
+      const auto* row = reinterpret_cast<const char*>(table + order.row(i + kAhead) * a.width);
+      for (int64_t j = 0; j < a.width * (int64_t)sizeof(T) && j < kAskedBytes; j += 64) {
+        prefetch(row + j);
+        if (order.places) prefetch(update + j);
+      }
+    }
+    const int64_t row = order.row(i);
+    if (row < 0 || row >= order.rows) continue;
+    const T* update = updates + order.place(i) * a.width;
+    if constexpr (widens) {
+      if (row != open) {
+        close();
+        convert(sums, table + row * a.width, a.width);
+        open = row;
+      }
+      take_in<Kind>(sums, update, a.width);
+    } else {
+      take_in<Kind>(table + row * a.width, update, a.width);
+    }
+  }
+  close();
+}
+
+template <class Kind, class T, class Sum>
+void of_type(const ScatterArgs& a, const Parallel& par) {
+  constexpr bool widens = sizeof(Sum) != sizeof(T);
+  Order order{a.numbers, nullptr, a.numbers.count, a.rows};
+  bool divides = ascending(order);
+  const bool sorts = widens && !divides;
+  int64_t tasks = order.count * a.width / kTaskElements;
+  tasks = tasks < 1 ? 1 : tasks > 4 * par.threads ? 4 * par.threads : tasks;
+  const int64_t sums_bytes = widens ? (a.width * sizeof(Sum) + 63) / 64 * 64 : 0;
+  const int64_t starts = sorts ? (a.rows + 1 + 15) / 16 * 16 : 0;
+  auto* arena = static_cast<char*>(
+      thread_arena(tasks * sums_bytes + (starts + (sorts ? order.count : 0)) * sizeof(uint32_t) + 64));
+  if (sorts) {
+    auto* counts = reinterpret_cast<uint32_t*>(arena + tasks * sums_bytes);
+    order.count = put_in_order(order, counts, counts + starts);
+    order.places = counts + starts;
+    divides = true;
+  }
+  if (!divides) tasks = 1;
+  // A row is one task's: a task begins where another row does.
+  auto begin = [&](int64_t task) {
+    int64_t i = task * order.count / tasks;
+    while (i > 0 && i < order.count && order.row(i) == order.row(i - 1)) i++;
+    return i;
+  };
+  parallel_for(par, tasks, [&](int64_t task) {
+    some<Kind, T>(a, order, begin(task), begin(task + 1), reinterpret_cast<Sum*>(arena + task * sums_bytes));
+  });
+}
+
+template <class Kind>
+void of_kind(const ScatterArgs& a, const Parallel& par) {
+  if (a.type == ScatterType::f32) return of_type<Kind, float, float>(a, par);
+  if (a.type == ScatterType::bf16) return of_type<Kind, bf16, float>(a, par);
+  of_type<Kind, int32_t, int32_t>(a, par);
+}
+
+}  // namespace
+
+void scatter_rows(const ScatterArgs& a, const Parallel& par) {
+  if (a.kind == ScatterKind::add) return of_kind<Add>(a, par);
+  if (a.kind == ScatterKind::max) return of_kind<Max>(a, par);
+  of_kind<Min>(a, par);
+}
+
+}  // namespace jaxext::JAXEXT_ISA
+#endif
+
+#ifdef JAXEXT_HANDLER
+JAXEXT_DECLARE(scatter_rows, ScatterArgs)
+
+namespace jaxext {
+namespace {
+
+ffi::Error scatter_rows_handler(ffi::ThreadPool pool, ffi::AnyBuffer table, ffi::Buffer<ffi::S32> indices,
+                                ffi::AnyBuffer updates, ffi::Result<ffi::AnyBuffer> out, bool clips, int64_t kind) {
+  const auto dims = table.dimensions();
+  const auto type = table.element_type();
+  ScatterArgs a{};
+  if (!is_float(type) && type != ffi::DataType::S32)
+    return bad_argument("scatter_rows", "table", "an array of float32, bfloat16 or int32");
+  if (!row_numbers(dims, indices, clips, a.numbers) || a.numbers.count > INT32_MAX)
+    return bad_argument("scatter_rows", "indices", "[..., 1 to 4], table being " + shape_text(dims));
+  if (updates.element_type() != type || !fits_rows(updates.dimensions(), dims, indices.dimensions()))
+    return bad_argument("scatter_rows", "updates", "a row of table for each index, table being " + shape_text(dims));
+  if (out->untyped_data() != table.untyped_data())
+    return bad_argument("scatter_rows", "table", "the buffer that the result overwrites");
+  if (kind < 0 || kind > 2) return bad_argument("scatter_rows", "kind", "0 (add), 1 (max) or 2 (min)");
+  a.table = table.untyped_data();
+  a.updates = updates.untyped_data();
+  a.rows = product(dims, 0, a.numbers.depth);
+  a.width = product(dims, a.numbers.depth, dims.size());
+  a.kind = static_cast<ScatterKind>(kind);
+  a.type = type == ffi::DataType::F32    ? ScatterType::f32
+           : type == ffi::DataType::BF16 ? ScatterType::bf16
+                                         : ScatterType::i32;
+  if (a.numbers.count > 0 && a.rows > 0 && a.width > 0) JAXEXT_DISPATCH(scatter_rows)(a, parallel(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxext
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_scatter_rows, jaxext::scatter_rows_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<bool>("clips")
+                                  .Attr<int64_t>("kind"));
+#endif  // JAXEXT_HANDLER
