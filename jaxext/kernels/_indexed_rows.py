@@ -1,8 +1,8 @@
 """Rows of an array by the numbers of its leading dimensions: read (gather), and added to in place (scatter).
 
-XLA computes a source for every element of a gather, and widens the whole table of a bfloat16 scatter; here a row is one
-copy, or one vector sum. Results are stock's bit for bit, but for bfloat16 sums, which are rounded once and not at every
-addition.
+XLA copies the rows of a gather element by element up to a certain length, and widens the whole table of a bfloat16
+scatter; here a row is one copy, or one vector sum. Results are stock's bit for bit, but for bfloat16 sums, which are
+rounded once and not at every addition.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ SCATTER_KINDS = ("add", "max", "min")
 _SUMMED = ("float32", "bfloat16", "int32")
 _MOST_INDEXED = 4
 
-# Below, starting the call costs what it gains, or XLA's own copies are as fast. Measured in
-# tests/bench/bench_primitives.py.
-LEAST_ELEMENTS = 1 << 16
-LEAST_ROW_BYTES = 32
+# XLA copies rows of up to this many elements one by one, longer ones by registers: there both are as fast. Below the
+# others, starting a call or looking up a row costs what it gains. Measured in tests/bench/bench_primitives.py.
+GATHERED_ROW = (40, 64)
+LEAST_SCATTERED_ROW = 64
+LEAST_ELEMENTS = 1 << 14
 
 
 def filler(dtype: str, value: float | None) -> np.generic:
@@ -41,7 +42,7 @@ def _filler(dtype: str, value: float | None) -> np.generic:
     if value is None:
         integer = np.iinfo(kind) if kind.kind in "iu" else None
         value = math.nan if integer is None else integer.min if kind.kind == "i" else integer.max
-    return np.asarray(value, kind)[()]
+    return kind.type(value)
 
 
 def _gather(table: jax.Array, indices: jax.Array, *, fill: np.generic | None) -> Sequence[jax.Array]:
@@ -92,19 +93,17 @@ def _refuses_scatter(table: Any, indices: Any, updates: Any, **_: Any) -> str | 
     return _refuses_indices(table, indices)
 
 
-def _row_bytes(table: Any, indices: Any) -> int:
-    return math.prod(table.shape[indices.shape[-1] :]) * table.dtype.itemsize
-
-
 def gather_gains(table: Any, indices: Any) -> bool:
     """Whether the kernel is faster than XLA for rows of table: [*indexed, *row], indices: [*batch, depth]."""
-    row, count = _row_bytes(table, indices), math.prod(indices.shape[:-1])
-    return row >= LEAST_ROW_BYTES and row * count >= LEAST_ELEMENTS * table.dtype.itemsize
+    row = math.prod(table.shape[indices.shape[-1] :])
+    least, most = GATHERED_ROW
+    return least <= row <= most and row * math.prod(indices.shape[:-1]) >= LEAST_ELEMENTS
 
 
-def scatter_gains(table: Any, indices: Any, kind: str) -> bool:
-    """Whether the kernel is faster than XLA for updates of rows of table; as `gather_gains`."""
-    return gather_gains(table, indices)
+def scatter_gains(updates: Any, indices: Any) -> bool:
+    """Whether the kernel is faster than XLA for updates: [*batch, *row], indices: [*batch, depth]."""
+    row = math.prod(updates.shape[len(indices.shape) - 1 :])
+    return row >= LEAST_SCATTERED_ROW and math.prod(updates.shape) >= LEAST_ELEMENTS
 
 
 def _gather_attributes(*, fill: np.generic | None) -> Mapping[str, Any]:

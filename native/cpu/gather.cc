@@ -1,4 +1,4 @@
-// gather of whole rows: one copy a row, asked for ahead. XLA computes a source for every element instead.
+// gather of whole rows: one copy a row, asked for ahead.
 #include "cpu/indexed_rows.h"
 
 #ifdef JAXEXT_KERNEL
@@ -64,16 +64,18 @@ void gather_rows(const GatherArgs& a, const Parallel& par) {
   for (int64_t d = 0; d < a.numbers.depth; d++) rows *= a.numbers.sizes[d];
   const bool past = bytes % 64 == 0 && past_caches(static_cast<const float*>(a.out), count, bytes / 4);
   const int64_t per_task = bytes >= kTaskBytes ? 1 : kTaskBytes / bytes;
-  auto source = [&](int64_t i) -> const char* {
-    const int64_t row = row_number(a.numbers, i, rows);
-    return row < 0 || row >= rows ? filler : table + row * bytes;
-  };
   parallel_for(par, (count + per_task - 1) / per_task, [&](int64_t task) {
+    const RowNumbers numbers = a.numbers;  // a copy, which stores to `out` cannot change
+    auto source = [&](int64_t i) -> const char* {
+      const int64_t row = row_number(numbers, i, rows);
+      return row < 0 || row >= rows ? filler : table + row * bytes;
+    };
+    const int64_t asked = bytes < kAskedBytes ? bytes : kAskedBytes;
     const int64_t end = (task + 1) * per_task < count ? (task + 1) * per_task : count;
     for (int64_t i = task * per_task; i < end; i++) {
       if (i + kAhead < end) {
         const char* next = source(i + kAhead);
-        for (int64_t j = 0; j < bytes && j < kAskedBytes; j += 64) prefetch(next + j);
+        for (int64_t j = 0; j < asked; j += 64) prefetch(next + j);
       }
       copy_row(out + i * bytes, source(i), bytes, past);
     }

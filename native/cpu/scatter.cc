@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 15;  // of a task, at least
 constexpr int64_t kAhead = 8;               // updates between the one that is asked for and the one that is read
-constexpr int64_t kAskedBytes = 1024;       // of a row; the hardware asks for the rest
+constexpr int64_t kBlock = 1024;            // indices compared at once
+constexpr int64_t kAskedBytes = 256;        // of a row; the hardware asks for the rest
 
 struct Add {
   static JAXEXT_INLINE vf step(vf a, vf b) { return a + b; }
@@ -53,19 +54,21 @@ JAXEXT_INLINE void convert(To* to, const From* from, int64_t width) {
 
 // The updates in the order in which they are taken in: a permutation, or as they come.
 struct Order {
-  const RowNumbers& numbers;
+  RowNumbers numbers;
   const uint32_t* places;  // null: as they come
   int64_t count, rows;
   JAXEXT_INLINE int64_t place(int64_t i) const { return places ? places[i] : i; }
   JAXEXT_INLINE int64_t row(int64_t i) const { return row_number(numbers, place(i), rows); }
 };
 
-JAXEXT_INLINE bool ascending(const Order& order) {
-  int64_t before = order.row(0);
-  for (int64_t i = 1; i < order.count; i++) {
-    const int64_t row = order.row(i);
-    if (row < before) return false;
-    before = row;
+// Whether the indices ascend, and so the rows; of several indexed dimensions it is not asked.
+JAXEXT_INLINE bool ascending(const RowNumbers& numbers) {
+  if (numbers.depth != 1) return numbers.count <= 1;
+  for (int64_t i = 1; i < numbers.count; i += kBlock) {
+    const int64_t end = i + kBlock < numbers.count ? i + kBlock : numbers.count;
+    int32_t falls = 0;
+    for (int64_t j = i; j < end; j++) falls |= numbers.indices[j] < numbers.indices[j - 1];
+    if (falls) return false;
   }
   return true;
 }
@@ -87,10 +90,11 @@ int64_t put_in_order(const Order& order, uint32_t* starts, uint32_t* places) {
   return before;
 }
 
-// Updates [first, last) of the order. `sums`: room for one row, used where T is narrower than what is summed.
+// Updates [first, last) of the order. `asks`: for lines ahead, which the hardware does not foresee. `sums`: room for one row, used where T is narrower than what is summed.
 template <class Kind, class T, class Sum>
-void some(const ScatterArgs& a, const Order& order, int64_t first, int64_t last, Sum* sums) {
+void some(const ScatterArgs& a, const Order order, bool asks, int64_t first, int64_t last, Sum* sums) {
   constexpr bool widens = sizeof(Sum) != sizeof(T);
+  const int64_t asked = a.width * sizeof(T) < kAskedBytes ? a.width * sizeof(T) : kAskedBytes;
   auto* table = static_cast<T*>(a.table);
   const auto* updates = static_cast<const T*>(a.updates);
   int64_t open = -1;  // the row that `sums` stands for
@@ -99,10 +103,10 @@ void some(const ScatterArgs& a, const Order& order, int64_t first, int64_t last,
       if (open >= 0) convert(table + open * a.width, sums, a.width);
   };
   for (int64_t i = first; i < last; i++) {
-    if (i + kAhead < last) {
+    if (asks && i + kAhead < last) {
       const auto* update = reinterpret_cast<const char*>(updates + order.place(i + kAhead) * a.width);
       const auto* row = reinterpret_cast<const char*>(table + order.row(i + kAhead) * a.width);
-      for (int64_t j = 0; j < a.width * (int64_t)sizeof(T) && j < kAskedBytes; j += 64) {
+      for (int64_t j = 0; j < asked; j += 64) {
         prefetch(row + j);
         if (order.places) prefetch(update + j);
       }
@@ -128,8 +132,7 @@ template <class Kind, class T, class Sum>
 void of_type(const ScatterArgs& a, const Parallel& par) {
   constexpr bool widens = sizeof(Sum) != sizeof(T);
   Order order{a.numbers, nullptr, a.numbers.count, a.rows};
-  bool divides = ascending(order);
-  const bool sorts = widens && !divides;
+  const bool ascends = ascending(a.numbers), sorts = widens && !ascends;
   int64_t tasks = order.count * a.width / kTaskElements;
   tasks = tasks < 1 ? 1 : tasks > 4 * par.threads ? 4 * par.threads : tasks;
   const int64_t sums_bytes = widens ? (a.width * sizeof(Sum) + 63) / 64 * 64 : 0;
@@ -140,9 +143,8 @@ void of_type(const ScatterArgs& a, const Parallel& par) {
     auto* counts = reinterpret_cast<uint32_t*>(arena + tasks * sums_bytes);
     order.count = put_in_order(order, counts, counts + starts);
     order.places = counts + starts;
-    divides = true;
   }
-  if (!divides) tasks = 1;
+  if (!ascends && !sorts) tasks = 1;
   // A row is one task's: a task begins where another row does.
   auto begin = [&](int64_t task) {
     int64_t i = task * order.count / tasks;
@@ -150,7 +152,8 @@ void of_type(const ScatterArgs& a, const Parallel& par) {
     return i;
   };
   parallel_for(par, tasks, [&](int64_t task) {
-    some<Kind, T>(a, order, begin(task), begin(task + 1), reinterpret_cast<Sum*>(arena + task * sums_bytes));
+    auto* sums = reinterpret_cast<Sum*>(arena + task * sums_bytes);
+    some<Kind, T>(a, order, !ascends, begin(task), begin(task + 1), sums);
   });
 }
 
