@@ -1,4 +1,4 @@
-"""Single primitives against stock JAX: sort, argmax, running sums, random bits, convolutions, small and large.
+"""Single primitives against stock JAX: sort, argmax, running sums, rows by number, random bits, convolutions.
 
     python tests/bench/bench_primitives.py
 
@@ -13,6 +13,7 @@ import numpy as np
 import jaxext
 from jaxext.kernels._arg_reduce import ARG_REDUCE, arg_reduce_gains
 from jaxext.kernels._cumulative import CUMULATIVE, cumulative_gains
+from jaxext.kernels._indexed_rows import GATHER, SCATTER, gather_gains, scatter_gains
 from jaxext.kernels._random_bits import RANDOM_BITS, random_bits_gains
 from jaxext.kernels._sort import SORT, sort_gains
 
@@ -62,6 +63,23 @@ def running_sums():
             report(f"cumsum {shape} axis {axis} {dtype}", native, stock, cumulative_gains(x, axis), x)
 
 
+def rows_by_number():
+    for n, count, width in ((10_000, 100_000, 64), (4000, 20_000, 64), (4000, 1000, 64), (10_000, 100_000, 16),
+                            (4000, 20_000, 128), (520_000, 53_248, 16), (1000, 4000, 768), (32_000, 2048, 768),
+                            (32_000, 8192, 1024)):  # fmt: skip
+        chosen = jnp.asarray(np.random.default_rng(1).integers(0, n, (count, 1)), jnp.int32)
+        for dtype in ("float32", "bfloat16"):
+            x, u, name = array((n, width), dtype), array((count, width), dtype), f"{(n, width)} by {count} {dtype}"
+            stock = lambda x, i: GATHER.reference(x, i, fill=None)  # noqa: E731
+            report(f"gather {name}", lambda x, i: GATHER(x, i, fill=None), stock, gather_gains(x, chosen), x, chosen)
+            for order, i in (("", chosen), (", ascending", jnp.sort(chosen, 0))):
+                runs = [
+                    lambda i, u, f=f, x=x: f(jnp.zeros(x.shape, x.dtype), i, u, kind="add", clips=False)
+                    for f in (SCATTER, SCATTER.reference)
+                ]
+                report(f"scatter {name}{order}", *runs, scatter_gains(u, i), i, u)
+
+
 def random_numbers():
     key = jax.random.key(0)
     for n in (64, 256, 1024, 16384, 1 << 18, 4 << 20):
@@ -91,5 +109,5 @@ def convolutions():
 
 
 if __name__ == "__main__":
-    for group in (sorts, arg_reductions, running_sums, random_numbers, convolutions):
+    for group in (sorts, arg_reductions, running_sums, rows_by_number, random_numbers, convolutions):
         group()
