@@ -1,5 +1,8 @@
 """`gather` and `scatter` of whole rows on their kernels: the very results of stock JAX."""
 
+import importlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +159,24 @@ def test_message_passing_and_its_gradient_run_on_the_kernels():
         stock = jax.jit(gradient)(nodes)
     for ours, theirs in zip(jaxext.accelerate(gradient)(nodes), stock):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_a_graph_networks_losses_agree_over_steps(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "compat" / "programs")
+    gnn = importlib.import_module("gnn_jax")
+
+    def losses(wrap):
+        step, *state, graph = gnn.build(gnn.parse_arguments(["--nodes", "500", "--edges", "4000", "--layers", "2"]))
+        step, found = wrap(step), []
+        for _ in range(5):
+            *state, loss = step(*state, graph)
+            found.append(float(loss))
+        return step, (*state, graph), found
+
+    (step, args, ours), (_, _, stock) = losses(jaxext.accelerate), losses(lambda step: step)
+    text = step.lower(*args).as_text()
+    assert text.count("@jaxext_gather_rows(") >= 8 and text.count("@jaxext_scatter_rows(") >= 8
+    np.testing.assert_allclose(ours, stock, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
