@@ -24,11 +24,14 @@ SCATTER_KINDS = ("add", "max", "min")
 _SUMMED = ("float32", "bfloat16", "int32")
 _MOST_INDEXED = 4
 
-# XLA copies rows of up to this many elements one by one, longer ones by registers: there both are as fast. Below the
+# XLA copies rows of up to this many elements one by one, longer ones by registers: float32 is as fast there. Below the
 # others, starting a call or looking up a row costs what it gains. Measured in tests/bench/bench_primitives.py.
 GATHERED_ROW = (40, 64)
 LEAST_SCATTERED_ROW = 64
 LEAST_ELEMENTS = 1 << 14
+# What stock pays for is the table where that is so much larger than the updates, whatever the rows; and updates in
+# ascending order are as fast in stock where there are so many more of them.
+LARGE_TABLE, MANY_UPDATES = 4, 4
 
 
 def filler(dtype: str, value: float | None) -> np.generic:
@@ -97,13 +100,19 @@ def gather_gains(table: Any, indices: Any) -> bool:
     """Whether the kernel is faster than XLA for rows of table: [*indexed, *row], indices: [*batch, depth]."""
     row = math.prod(table.shape[indices.shape[-1] :])
     least, most = GATHERED_ROW
-    return least <= row <= most and row * math.prod(indices.shape[:-1]) >= LEAST_ELEMENTS
+    short = row <= most or table.dtype.itemsize < 4
+    return row >= least and short and row * math.prod(indices.shape[:-1]) >= LEAST_ELEMENTS
 
 
-def scatter_gains(updates: Any, indices: Any) -> bool:
-    """Whether the kernel is faster than XLA for updates: [*batch, *row], indices: [*batch, depth]."""
+def scatter_gains(table: Any, updates: Any, indices: Any) -> bool:
+    """Whether the kernel is faster than XLA for table: [*indexed, *row], updates: [*batch, *row]."""
     row = math.prod(updates.shape[len(indices.shape) - 1 :])
-    return row >= LEAST_SCATTERED_ROW and math.prod(updates.shape) >= LEAST_ELEMENTS
+    elements, held = math.prod(updates.shape), math.prod(table.shape)
+    if elements < LEAST_ELEMENTS or row < 16:
+        return False
+    if held >= LARGE_TABLE * elements:
+        return True
+    return row >= LEAST_SCATTERED_ROW and (table.dtype.itemsize < 4 or elements <= MANY_UPDATES * held)
 
 
 def _gather_attributes(*, fill: np.generic | None) -> Mapping[str, Any]:

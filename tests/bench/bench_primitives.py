@@ -77,7 +77,7 @@ def rows_by_number():
                     lambda i, u, f=f, x=x: f(jnp.zeros(x.shape, x.dtype), i, u, kind="add", clips=False)
                     for f in (SCATTER, SCATTER.reference)
                 ]
-                report(f"scatter {name}{order}", *runs, scatter_gains(u, i), i, u)
+                report(f"scatter {name}{order}", *runs, scatter_gains(x, u, i), i, u)
 
 
 def random_numbers():

@@ -63,7 +63,7 @@ def _scatter(eqn: Any, *, kind: str) -> tuple[Op, Mapping[str, Any]] | None:
     )
     if not whole or updates.shape != (*indices.shape[:-1], *table.shape[indices.shape[-1] :]):
         return None
-    if SCATTER.refusal(*avals) is not None or not scatter_gains(updates, indices):
+    if SCATTER.refusal(*avals) is not None or not scatter_gains(table, updates, indices):
         return None
     if eqn.params["mode"] not in _MODES or any(compat.explicit_sharding(aval) for aval in avals):
         return None
