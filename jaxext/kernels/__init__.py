@@ -5,6 +5,7 @@ from jaxext.kernels._attention import ATTENTION, attention, attention_op, attent
 from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
 from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
 from jaxext.kernels._cumulative import CUMULATIVE
+from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT
 from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
@@ -33,7 +34,7 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-_PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS, GATHER, SCATTER)
+_PRIMITIVES = (DOT, DEPTHWISE, DEPTHWISE_GRADIENT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS, GATHER, SCATTER)
 OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.

@@ -108,6 +108,29 @@ def convolutions():
         report(name, jaxext.accelerate(gradient), gradient, True, w, x, jnp.ones(jax.eval_shape(forward, w, x).shape))
 
 
+def depthwise_convolutions():
+    sizes = (8, 56, 96, 3), (8, 56, 96, 7), (8, 14, 384, 7), (8, 112, 32, 3), (1, 8, 64, 3), (1, 8, 8, 3)
+    for batch, image, c, k in sizes:
+        for dtype in ("float32", "bfloat16"):
+            x, w = array((batch, image, image, c), dtype), array((k, k, 1, c), dtype)
+
+            def forward(x, w, c=c):
+                return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=c)
+
+            gradient = lambda x, w, d, f=forward: jax.linear_transpose(lambda w: f(x, w), w)(d)[0]  # noqa: E731
+            name = f"depthwise {k} on {(batch, image, image, c)} {dtype}"
+            report(name, jaxext.accelerate(forward), forward, True, x, w)
+            report(f"{name}, dW", jaxext.accelerate(gradient), gradient, True, x, w, x)
+
+
 if __name__ == "__main__":
-    for group in (sorts, arg_reductions, running_sums, rows_by_number, random_numbers, convolutions):
+    for group in (
+        sorts,
+        arg_reductions,
+        running_sums,
+        rows_by_number,
+        random_numbers,
+        convolutions,
+        depthwise_convolutions,
+    ):
         group()

@@ -1,8 +1,9 @@
-"""Two kinds of convolution that XLA computes far off the machine's limit, written as what it computes well.
+"""Kinds of convolution that XLA computes far off the machine's limit, written as what it computes well.
 
 A window larger than the image (the last stages of a network on small pictures) becomes patches and products
 ("im2col"; Chellapilla, Puri and Simard, 2006). The kernel's gradient of a transposed convolution slides one picture
-over another that is full of zeros; with the operands exchanged, the zeros are strides instead.
+over another that is full of zeros; with the operands exchanged, the zeros are strides instead. Depthwise ones have
+kernels (`.depthwise`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from ... import _jax_compat as compat
 from ..exchange import Exchange, Expression
+from . import depthwise
 
 # Below, both take so little that starting them counts. Measured in tests/bench/bench_primitives.py.
 LEAST_OPERATIONS = 1 << 22
@@ -25,6 +27,10 @@ MOST_TAPS = 49  # of a window that becomes patches: each is a slice of the progr
 
 
 def _choose(eqn: Any) -> Expression | None:
+    return depthwise.choose(eqn) or _dense(eqn)
+
+
+def _dense(eqn: Any) -> Expression | None:
     x, w = (var.aval for var in eqn.invars)
     params = eqn.params
     plain = params["feature_group_count"] == params["batch_group_count"] == 1
