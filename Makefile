@@ -1,5 +1,6 @@
 # make ab    own virtual environment, install, then the A/B speed test of a GPT against stock JAX
 # make test  the same environment with test tools: ruff, pyright, the suite
+# make sanitize      the kernels' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 # make compat        upstream projects' own tests, on stock JAX and on jaxext, compared; writes docs/compat.md
 # make compat-quick  a few minutes of them
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default), TESTS (options of
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find native jaxext jaxext-stubs -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
 	-o -name '*.inc' -o -name '*.pyi' -o -name CMakeLists.txt)
 
-.PHONY: ab test check compat compat-quick clean
+.PHONY: ab test check sanitize compat compat-quick clean
 
 ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
@@ -27,6 +28,9 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+sanitize: $(VENV)/test.stamp
+	native/sanitize.sh $(BIN)/python $(TESTS)
 
 compat: $(VENV)/test.stamp
 	$(BIN)/python compat/run.py --write-docs $(COMPAT)

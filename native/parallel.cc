@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "sanitized.h"
+
 namespace jaxext {
 namespace {
 
@@ -57,6 +59,7 @@ void* thread_arena(size_t bytes) {
     if (!arena.data) abort();
     if (align == kHugePage) madvise(arena.data, arena.size, MADV_HUGEPAGE);
   }
+  limit_use(arena.data, bytes, arena.size);
   return arena.data;
 }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "sanitized.h"
 
 namespace jaxext::JAXEXT_ISA {
 
@@ -68,6 +69,7 @@ JAXEXT_INLINE float reduce_max(vf x) {
 // The first n lanes (0 <= n <= kLanes); the rest read as `rest` and are not stored.
 JAXEXT_INLINE vf load_first(const float* p, int64_t n, float rest = 0.f) {
 #if defined(__AVX512F__)
+  touch(p, n * sizeof *p);
   return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), (__mmask16)((1u << n) - 1), p);
 #else
   float t[kLanes];
@@ -77,6 +79,7 @@ JAXEXT_INLINE vf load_first(const float* p, int64_t n, float rest = 0.f) {
 }
 JAXEXT_INLINE void store_first(float* p, vf x, int64_t n) {
 #if defined(__AVX512F__)
+  touch(p, n * sizeof *p);
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
 #else
   float t[kLanes];
@@ -126,6 +129,7 @@ JAXEXT_INLINE void store(bf16* p, vf x) {
 }
 JAXEXT_INLINE vf load_first(const bf16* p, int64_t n, float rest = 0.f) {
 #if defined(__AVX512F__)
+  touch(p, n * sizeof *p);
   const __mmask16 some = (__mmask16)((1u << n) - 1);
   return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(rest), some, (__m512)widen((vh)_mm256_maskz_loadu_epi16(some, p)));
 #else
@@ -138,6 +142,7 @@ JAXEXT_INLINE vf load_first(const bf16* p, int64_t n, float rest = 0.f) {
 }
 JAXEXT_INLINE void store_first(bf16* p, vf x, int64_t n) {
 #if defined(__AVX512F__)
+  touch(p, n * sizeof *p);
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(x));
 #else
   bf16 t[kLanes];

@@ -221,11 +221,14 @@ JAXEXT_INLINE vf hide(const AttentionArgs& args, const HeadArrays& head, int64_t
 #if defined(__AVX512F__)
   // In mask registers throughout: the compiler takes comparisons of vector types through full vectors.
   __mmask16 seen = (__mmask16)((1u << kept_lanes(n)) - 1);
-  if (head.query_segments)
+  if (head.query_segments) {
+    touch(ids, kept_lanes(n) * sizeof *ids);
     seen = _mm512_mask_cmpeq_epi32_mask(seen, _mm512_maskz_loadu_epi32(seen, ids),
                                         _mm512_set1_epi32(head.query_segments[row]));
+  }
   if (head.mask && !args.mask.key) seen = *flags ? seen : 0;
   if (head.mask && args.mask.key) {
+    touch(flags, kept_lanes(n));
     __m128i bytes = _mm_maskz_loadu_epi8(seen, flags);
     seen = _mm_test_epi8_mask(bytes, bytes);
   }

@@ -17,6 +17,8 @@ void release_workspace(void* workspace);
 #include <mutex>
 #include <utility>
 
+#include "sanitized.h"
+
 namespace jaxext {
 
 constexpr size_t kWorkspacePage = size_t{2} << 20;
@@ -63,13 +65,16 @@ void* acquire_workspace(size_t bytes) {
     if (!block.data) abort();
     madvise(block.data, size, MADV_HUGEPAGE);
   }
+  limit_use(block.data, bytes + 64, block.size);
   *static_cast<size_t*>(block.data) = block.size;
   return static_cast<char*>(block.data) + 64;
 }
 
 void release_workspace(void* workspace) {
   void* data = static_cast<char*>(workspace) - 64;
-  free(workspace_pool().keep({data, *static_cast<size_t*>(data)}).data);
+  const size_t size = *static_cast<size_t*>(data);
+  limit_use(data, 0, size);
+  free(workspace_pool().keep({data, size}).data);
 }
 
 }  // namespace jaxext

@@ -6,6 +6,7 @@ namespace jaxext::JAXEXT_ISA {
 
 // Stores that do not read the line they write: for results too large for any cache. p is aligned to a register.
 JAXEXT_INLINE void store_past_caches(float* p, vf x) {
+  touch(p, sizeof x);
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)x);
 #elif defined(__AVX2__)
@@ -15,6 +16,7 @@ JAXEXT_INLINE void store_past_caches(float* p, vf x) {
 #endif
 }
 JAXEXT_INLINE void store_past_caches(bf16* p, vf x) {
+  touch(p, sizeof x / 2);
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x));
 #elif defined(__AVX2__)
