@@ -34,7 +34,7 @@ from jaxext import _native
 assert _native.__file__.startswith(os.environ["PYTHONPATH"]), _native.__file__
 print(*_native.compiled_isas()[: _native.compiled_isas().index(_native.active_isa()) + 1])'
 # What differs from one instruction set to the next: values and gradients at all sizes, not JAX's transformations.
-tests="forward_is_as_exact or gradients_are_as_exact or match_float64 or products_are_exact or infinite_and_nan or any_shape or threads"
+tests="forward_is_as_exact or gradients_are_as_exact or match_float64 or products_are_exact or infinite_and_nan or any_shape or large_results or threads"
 for isa in $(LD_PRELOAD=$preload "$python" -P -c "$usable"); do
   echo "-- $isa"
   LD_PRELOAD=$preload JAXEXT_ISA=$isa "$python" -P -m pytest -q -n 2 -p no:cacheprovider tests/kernels \

@@ -1,0 +1,168 @@
+"""Every op at sizes next to powers of two, none and one, of every dtype, also with operands stored transposed.
+
+Called without jit where they are not transposed: each operand and result is then an allocation of its own, whose ends
+AddressSanitizer watches (`make sanitize`).
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import test_attention
+from attention_oracle import Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_conformance import assert_as_good_as_reference, float_indices, operands_of, oracle, reference, run, vjp_of
+
+from jaxext.kernels import _arg_reduce, _cross_entropy, _cumulative, _dot, _norm, _product, _random_bits, _sort, _top_k
+from jaxext.kernels._element import ORDERED
+from jaxext.kernels._op import native_status
+
+native = pytest.mark.skipif(bool(native_status()), reason="no native kernels here: " + native_status())
+
+SIZES = st.sampled_from((1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1023, 1025))
+SMALL = st.sampled_from((1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 63, 65))
+ROWS = st.sampled_from((0, 1, 2, 3, 5))
+FLOATS = ("float32", "bfloat16")
+
+
+def chosen(*values):
+    return st.sampled_from(values)
+
+
+def norms(*extras, residual=()):
+    subsets = [(*residual, *extras[:n]) for n in range(len(extras) + 1)]
+    return st.builds(
+        lambda rows, n, extras, scale: _norm._spec("", (rows, n), extras, scale), ROWS, SIZES, chosen(*subsets),
+        chosen(None, "float32"),
+    )  # fmt: skip
+
+
+def labels(rows, n, low, smoothing, out_of_range):
+    make = _cross_entropy._logits_and_labels(rows, n, low=-low * n, high=n + low)
+    return _cross_entropy._labels_spec("", make, smoothing, out_of_range)
+
+
+def targets(rows, n):
+    return _cross_entropy.ArgSpec("", _cross_entropy._logits_and_targets(rows, n), {"out_dtype": None})
+
+
+def products(m, k, n, a_turned, b_turned):
+    a, b = (k, m) if a_turned else (m, k), (n, k) if b_turned else (k, n)
+    return _product._spec("", a, b, a_turned=a_turned, b_turned=b_turned)
+
+
+def dots(batch, m, k, n, out):
+    return _dot._spec("", (batch, m, k), (batch, n, k), (((2,), (2,)), ((0,), (0,))), out)
+
+
+def axes(make, *options):
+    """Specs of ops along an axis: of rows, or of columns with a stride of 1 to 1025 elements."""
+    return st.builds(
+        lambda rows, n, inner, *rest: make("", (rows, n, inner) if inner else (rows, n), -2 if inner else -1, *rest),
+        ROWS, SIZES, st.just(0) | SIZES, *options,
+    )  # fmt: skip
+
+
+FLAG, LEVELS = st.booleans(), chosen(3, 120)
+DIFFERENTIABLE = {
+    "layer_norm": (_norm.LAYER_NORM, norms("scale", "bias")),
+    "rms_norm": (_norm.RMS_NORM, norms("scale")),
+    "add_layer_norm": (_norm.ADD_LAYER_NORM, norms("scale", "bias", residual=("residual",))),
+    "add_rms_norm": (_norm.ADD_RMS_NORM, norms("scale", residual=("residual",))),
+    "cross_entropy": (
+        _cross_entropy.LABELS,
+        st.builds(labels, ROWS, SIZES, chosen(0, 1), chosen(0.0, 0.1), chosen("nan", "zero")),
+    ),
+    "target_cross_entropy": (_cross_entropy.TARGETS, st.builds(targets, ROWS, SIZES)),
+}
+OTHERS = {
+    "product": (_product.PRODUCT, FLOATS, st.builds(products, SMALL, SIZES, SIZES, FLAG, FLAG)),
+    "dot": (_dot.DOT, ("bfloat16",), st.builds(dots, ROWS, SMALL, SIZES, SMALL, chosen("float32", "bfloat16"))),
+    "cumulative": (_cumulative.CUMULATIVE, FLOATS, axes(_cumulative._spec, chosen(*_cumulative.KINDS), FLAG)),
+    "arg_reduce": (_arg_reduce.ARG_REDUCE, ORDERED, axes(_arg_reduce._spec, FLAG, LEVELS)),
+    "sort": (
+        _sort.SORT,
+        ORDERED,
+        st.builds(lambda rows, n, *rest: _sort._spec("", (rows, n), *rest), ROWS, SIZES, chosen(0, 1, 3), LEVELS),
+    ),
+    "top_k": (
+        _top_k.TOP_K,
+        ORDERED,
+        st.builds(
+            lambda rows, n, share, levels: _top_k._spec("", (rows, n), int(share * n), levels), ROWS, SIZES,
+            chosen(0.0, 0.1, 0.5, 1.0), LEVELS,
+        ),
+    ),
+    "random_bits": (
+        _random_bits.RANDOM_BITS,
+        ("float32",),
+        st.builds(lambda rows, n, bits: _random_bits._spec("", (rows,), (n,), bits), ROWS, SIZES, chosen(8, 16, 32)),
+    ),
+}  # fmt: skip
+
+
+def bounded(examples):
+    quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+
+
+def turned(function):
+    """The function of transposed operands, which XLA has to bring into the kernel's order."""
+    return jax.jit(lambda *xs: function(*(jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x for x in xs)))
+
+
+def results(function, xs, transposed):
+    if not transposed:
+        return function(*xs)
+    return turned(function)(*(jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x for x in xs))
+
+
+@native
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@bounded(10)
+@given(data=st.data())
+def test_values_and_gradients_of_any_shape_are_as_exact_as_the_reference(name, data):
+    op, specs = DIFFERENTIABLE[name]
+    spec, dtype, transposed = data.draw(specs), data.draw(chosen(*FLOATS)), data.draw(FLAG)
+    xs = operands_of(spec, dtype)
+    wrt = float_indices(xs)
+    pairs = [(f(op, spec), vjp_of(f(op, spec), xs, wrt)) for f in (run, reference)]
+    for ours, stock in zip(*pairs):
+        found = results(ours, xs, transposed)
+        assert_as_good_as_reference(found, jax.jit(stock)(*xs), oracle(stock, xs), roundings=1)
+
+
+@native
+@pytest.mark.parametrize("name", OTHERS)
+@bounded(20)
+@given(data=st.data())
+def test_values_of_any_shape_are_as_exact_as_the_reference(name, data):
+    op, dtypes, specs = OTHERS[name]
+    spec, dtype, transposed = data.draw(specs), data.draw(chosen(*dtypes)), data.draw(FLAG)
+    xs = operands_of(spec, dtype)
+    stock = reference(op, spec)
+    found = results(run(op, spec), xs, transposed)
+    assert_as_good_as_reference(found, jax.jit(stock)(*xs), oracle(stock, xs), roundings=1)
+
+
+LENGTHS = st.sampled_from((0, 1, 2, 7, 8, 9, 15, 17, 63, 64, 65, 95, 97, 129, 257))
+
+
+@st.composite
+def attention_cases(draw):
+    n, shared = draw(chosen(1, 2, 4)), draw(chosen(1, 2))
+    batch, t, s = draw(chosen(1, 2)), draw(LENGTHS), draw(LENGTHS)
+    shapes = {"bias": (1, 1, 1, s), "mask": (batch, 1, t, s), "keep": (batch, n * shared, t, s)}
+    extras = {name: shape for name, shape in shapes.items() if draw(FLAG)}
+    if draw(FLAG):
+        extras |= {"query_segment_ids": (batch, t), "key_value_segment_ids": (batch, s)}
+    band = draw(chosen((None, None), (None, 0), (-9, 4)))
+    sizes = draw(SMALL), draw(SMALL)
+    return Case((batch,), (n * shared, n), (t, s), sizes, extras=extras, options={"band": band, "scale": 0.3})
+
+
+@native
+@bounded(20)
+@given(case=attention_cases(), dtype=chosen(*FLOATS))
+def test_attention_of_any_shape_matches_float64(case, dtype):
+    test_attention.assert_close(*test_attention.run(case, dtype), dtype)
