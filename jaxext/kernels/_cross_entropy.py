@@ -1,7 +1,7 @@
 """Softmax cross-entropy over the last axis, with integer labels or with target distributions.
 
 Forward reads the logits once (a running maximum and sum of exponentials: Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018) and keeps one float32 a row; backward reads them once more and writes the gradient.
+calculation for softmax", 2018) and keeps two float32 a row; backward reads them once more and writes the gradient.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _kept(wide: jax.Array) -> jax.Array:
+    """[..., 2]: a row's maximum, and the log of the sum of exponentials below it: their sum would round at its size."""
+    top = jax.lax.stop_gradient(jnp.max(wide, -1))
+    return jnp.stack([top, jnp.log(jnp.sum(jnp.exp(wide - top[..., None]), -1))], -1)
+
+
 def _labels_reference(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: float, out_of_range: OutOfRange, out_dtype: str | None
 ) -> tuple[jax.Array, ...]:
@@ -41,14 +47,14 @@ def _labels_reference(
         loss = normalizer - jnp.take_along_axis(wide, labels[..., None], -1)[..., 0]
         if label_smoothing:
             loss = (1.0 - label_smoothing) * loss + label_smoothing * (normalizer - jnp.mean(wide, -1))
-    return loss.astype(out_dtype or logits.dtype), normalizer
+    return loss.astype(out_dtype or logits.dtype), _kept(wide)
 
 
 def _targets_reference(logits: jax.Array, targets: jax.Array, *, out_dtype: str | None) -> tuple[jax.Array, ...]:
     wide, shares = _wide(logits), _wide(targets)
     loss = -jnp.sum(shares * jax.nn.log_softmax(wide), -1)
     out = out_dtype or jnp.promote_types(logits.dtype, targets.dtype)
-    return loss.astype(out), jax.nn.logsumexp(wide, -1), jnp.sum(shares, -1)
+    return loss.astype(out), _kept(wide), jnp.sum(shares, -1)
 
 
 def _check_logits(logits: Any) -> None:

@@ -113,7 +113,8 @@ def _reference(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
     chunk = jax.checkpoint(lambda both: LABELS(problem.logits(both[0]), both[1], **problem.loss_params))
     losses, normalizers = jax.lax.map(chunk, (_split(problem.x, n), _split(problem.labels, n)))
     losses = _join(losses, rows)
-    return tuple(v.reshape(shape) for v in (_weighted(problem, losses), losses, _join(normalizers, rows)))
+    per_row = (v.reshape(shape) for v in (_weighted(problem, losses), losses))
+    return (*per_row, _join(normalizers, rows).reshape(*shape, 2))
 
 
 def _with_gradients(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
@@ -133,8 +134,8 @@ def _with_gradients(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...
     chunks = tuple(_split(v, n) for v in (problem.x, problem.labels, share))
     sums, (losses, normalizers, dx) = jax.lax.scan(step, zeros, chunks)
     losses = _join(losses, rows)
-    per_row = (v.reshape(shape) for v in (_weighted(problem, losses), losses, _join(normalizers, rows)))
-    return (*per_row, _join(dx, rows).reshape(operands[0].shape), *sums)
+    per_row = (v.reshape(shape) for v in (_weighted(problem, losses), losses))
+    return (*per_row, _join(normalizers, rows).reshape(*shape, 2), _join(dx, rows).reshape(operands[0].shape), *sums)
 
 
 def _backward(*xs: jax.Array, wrt: tuple[int, ...], **params: Any) -> tuple[jax.Array, ...]:
@@ -147,7 +148,7 @@ def _backward(*xs: jax.Array, wrt: tuple[int, ...], **params: Any) -> tuple[jax.
     problem = _problem(operands, **params)
     rows, n, cotangent = problem.x.shape[0], problem.chunks, xs[-1].reshape(-1)
     share = _weighted(problem, cotangent)
-    split = [_split(v, n) for v in (problem.x, problem.labels, normalizers.reshape(-1), share)]
+    split = [_split(v, n) for v in (problem.x, problem.labels, normalizers.reshape(-1, 2), share)]
     same = jnp.asarray(False)
     if units and rows:
         same = jnp.all(cotangent == cotangent[0])

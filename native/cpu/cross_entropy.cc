@@ -95,11 +95,12 @@ struct Normalizer {
   }
   JAXEXT_INLINE float log_sum() const { return __builtin_logf(sum); }
 
-  // log(sum of exp(x)), infinite where a logit is, as jax.nn.logsumexp.
+  // Maximum and log_sum, whose sum is infinite where a logit is, as jax.nn.logsumexp.
   template <class X>
-  JAXEXT_INLINE float total(const X* x, int64_t n) const {
-    if (max == kInfinity) return has_nan(x, n) ? kNan : kInfinity;
-    return max + log_sum();
+  JAXEXT_INLINE void keep(const X* x, int64_t n, float* pair) const {
+    const bool infinite = max == kInfinity;
+    pair[0] = infinite && has_nan(x, n) ? kNan : max;
+    pair[1] = infinite ? 0.f : log_sum();
   }
 };
 
@@ -123,7 +124,7 @@ JAXEXT_INLINE float row_loss(const CrossEntropyArgs& a, int64_t i, const X* x, c
   const float smooth = a.smoothing, mean = all / static_cast<float>(a.classes);
   if (normal.max == kInfinity) {
     if (a.one_hot || y < 0) return kNan;
-    const float total = a.normalizer[i], plain = total - value(a.logits, i * a.classes + y);
+    const float total = a.normalizer[2 * i], plain = total - value(a.logits, i * a.classes + y);
     return smooth == 0.f ? plain : (1.f - smooth) * plain + smooth * (total - mean);
   }
   if (y < 0 && !a.one_hot) return kNan;
@@ -151,7 +152,7 @@ void forward_rows(const CrossEntropyArgs& a, const Parallel& par) {
         normal.add(x + j, count);
         if (sums) all += row_sum(x + j, count);
       }
-      a.normalizer[i] = normal.total(x, n);
+      normal.keep(x, n, a.normalizer + 2 * i);
       set(a.loss, i, row_loss(a, i, x, normal, all));
     }
   });
@@ -169,12 +170,16 @@ void backward_rows(const CrossEntropyArgs& a, const Parallel& par) {
       const int64_t y = class_of(a, i);
       const float g = value(a.grad, i), sure = g * (1.f - a.smoothing);
       const float share = a.one_hot && y < 0 ? g * a.smoothing : g, even = -g * a.smoothing / static_cast<float>(n);
-      const vf shift = splat(a.normalizer[i]), slope = splat(share), offset = splat(even);
+      const float top = a.normalizer[2 * i], below = a.normalizer[2 * i + 1];
+      const vf shift = splat(top), sum = splat(below), slope = splat(share), offset = splat(even);
       // dx may be x itself: the label's own logit is read first.
       const float logit = y < 0 ? 0.f : value(a.logits, i * n + y);
-      over_row(n, JAXEXT_BODY { part.put(dx + j, fma(exp_shifted(part.get(x + j) - shift), slope, offset), stream); });
+      over_row(n, JAXEXT_BODY { part.put(dx + j, fma(exp_shifted(part.get(x + j) - shift - sum), slope, offset), stream); });
       finish_stores(stream);
-      if (y >= 0) set(a.dlogits, i * n + y, exp_shifted_scalar(logit - a.normalizer[i]) * share + even - sure);
+      if (y < 0) continue;
+      // Differences of probabilities first: next to 1 they are exact, and with one class 0.
+      const float p = exp_shifted_scalar(logit - top - below);
+      set(a.dlogits, i * n + y, (p - 1.f) * sure + (p - 1.f / static_cast<float>(n)) * (g * a.smoothing));
     }
   });
 }
@@ -203,7 +208,7 @@ void target_forward_rows(const TargetCrossEntropyArgs& a, const Parallel& par) {
         product += products.total();
       }
       const bool infinite = normal.max == kInfinity;
-      a.normalizer[i] = normal.total(x, n);
+      normal.keep(x, n, a.normalizer + 2 * i);
       a.total[i] = total;
       set(a.loss, i, infinite ? kNan : total * (normal.log_sum() + (normal.max - pivot)) - product);
     }
@@ -220,11 +225,12 @@ void target_backward_rows(const TargetCrossEntropyArgs& a, const Parallel& par) 
     for (int64_t i = task * step; i < end; i++) {
       const X* x = static_cast<const X*>(a.logits.data) + i * n;
       const Y* y = static_cast<const Y*>(a.targets.data) + i * n;
-      const vf g = splat(value(a.grad, i)), shift = splat(a.normalizer[i]), total = splat(a.total[i]);
+      const vf g = splat(value(a.grad, i)), total = splat(a.total[i]);
+      const vf shift = splat(a.normalizer[2 * i]), sum = splat(a.normalizer[2 * i + 1]);
       X* dx = a.dlogits.data ? static_cast<X*>(a.dlogits.data) + i * n : nullptr;
       Y* dy = a.dtargets.data ? static_cast<Y*>(a.dtargets.data) + i * n : nullptr;
       over_row(n, JAXEXT_BODY {
-        vf t = part.get(x + j) - shift;
+        vf t = part.get(x + j) - shift - sum;
         if (dx) part.put(dx + j, (exp_shifted(t) * total - part.get(y + j)) * g, stream);
         if (dy) part.put(dy + j, -t * g, stream_targets);
       });
@@ -306,6 +312,16 @@ struct Reader {
     return static_cast<T*>(buffer.untyped_data());
   }
 
+  template <class Buffer>
+  float* pairs(const Buffer& buffer) {
+    const auto dims = buffer.dimensions();
+    bool fit = dims.size() == shape.size() && buffer.element_type() == ffi::DataType::F32;
+    for (size_t d = 0; fit && d < dims.size(); d++) fit = dims[d] == (d + 1 < dims.size() ? shape[d] : 2);
+    if (error.success() && !fit)
+      error = bad_argument(op, "normalizer", "f32 of the logits' shape with a last dimension of 2");
+    return static_cast<float*>(buffer.untyped_data());
+  }
+
   int64_t classes() const { return shape.size() ? shape[shape.size() - 1] : 0; }
   int64_t rows() const { return shape.size() ? product(shape, 0, shape.size() - 1) : 0; }
 };
@@ -317,7 +333,7 @@ ffi::Error forward(ffi::ThreadPool pool, Any logits, Any labels, Result loss, Re
   a.logits = reader.read(logits, "logits", true);
   a.labels = reader.row<const int32_t>(labels, "labels", ffi::DataType::S32);
   a.loss = reader.read(*loss, "loss", false);
-  a.normalizer = reader.row<float>(*normalizer, "normalizer", ffi::DataType::F32);
+  a.normalizer = reader.pairs(*normalizer);
   if (reader.error.failure()) return reader.error;
   a.rows = reader.rows(), a.classes = reader.classes(), a.smoothing = label_smoothing, a.one_hot = one_hot;
   if (a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_forward)(a, parallel(pool));
@@ -330,7 +346,7 @@ ffi::Error backward(ffi::ThreadPool pool, Any logits, Any labels, Any normalizer
   CrossEntropyArgs a{};
   a.logits = reader.read(logits, "logits", true);
   a.labels = reader.row<const int32_t>(labels, "labels", ffi::DataType::S32);
-  a.normalizer = reader.row<float>(normalizer, "normalizer", ffi::DataType::F32);
+  a.normalizer = reader.pairs(normalizer);
   a.grad = reader.read(grad, "grad", false);
   a.dlogits = reader.read(*dlogits, "dlogits", true);
   if (reader.error.failure()) return reader.error;
@@ -346,7 +362,7 @@ ffi::Error target_forward(ffi::ThreadPool pool, Any logits, Any targets, Result 
   a.logits = reader.read(logits, "logits", true);
   a.targets = reader.read(targets, "labels", true);
   a.loss = reader.read(*loss, "loss", false);
-  a.normalizer = reader.row<float>(*normalizer, "normalizer", ffi::DataType::F32);
+  a.normalizer = reader.pairs(*normalizer);
   a.total = reader.row<float>(*total, "total", ffi::DataType::F32);
   if (reader.error.failure()) return reader.error;
   a.rows = reader.rows(), a.classes = reader.classes();
@@ -362,7 +378,7 @@ ffi::Error target_backward(ffi::ThreadPool pool, Any logits, Any targets, Any no
   TargetCrossEntropyArgs a{};
   a.logits = reader.read(logits, "logits", true);
   a.targets = reader.read(targets, "labels", true);
-  a.normalizer = reader.row<float>(normalizer, "normalizer", ffi::DataType::F32);
+  a.normalizer = reader.pairs(normalizer);
   a.total = reader.row<float>(total, "total", ffi::DataType::F32);
   a.grad = reader.read(grad, "grad", false);
   if (wants_dlogits) a.dlogits = reader.read(**rets.get<Any>(0), "dlogits", true);

@@ -14,7 +14,9 @@ struct CrossEntropyArgs {
   LogitBuffer logits;     // [rows, classes]
   const int32_t* labels;  // [rows]
   LogitBuffer loss;       // [rows]; forward result
-  float* normalizer;      // [rows]: log of the sum of exponentials; forward result, backward argument
+  // [rows, 2]: the maximum and the log of the sum of exponentials below it, apart because their sum would round at the
+  // maximum's size; forward result, backward argument.
+  float* normalizer;
   LogitBuffer grad;       // [rows]; backward: cotangent of loss
   LogitBuffer dlogits;    // [rows, classes] in the logits' type; backward result
   int64_t rows, classes;
@@ -26,7 +28,8 @@ struct CrossEntropyArgs {
 struct TargetCrossEntropyArgs {
   LogitBuffer logits, targets;    // [rows, classes]
   LogitBuffer loss;               // [rows]
-  float *normalizer, *total;      // [rows]: as above, and the sum of the targets
+  float* normalizer;              // as above
+  float* total;                   // [rows]: the sum of the targets
   LogitBuffer grad;               // [rows]
   LogitBuffer dlogits, dtargets;  // [rows, classes], in the types of logits and targets; absent where not wanted
   int64_t rows, classes;

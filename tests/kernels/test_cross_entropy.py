@@ -182,3 +182,22 @@ def test_refusals_name_the_dtype():
     half = jax.ShapeDtypeStruct((4, 8), jnp.float16)
     assert softmax_cross_entropy_refusal(half, y) == "'logits' is float16; the kernel takes float32 and bfloat16"
     assert softmax_cross_entropy_refusal(z, half) == "'labels' is float16; the kernel takes float32 and bfloat16"
+
+
+@needs_native
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_with_one_class_the_gradient_is_zero(smoothing):
+    z, cotangents = logits_of(65, 1), logits_of(65, seed=3)
+    _, pull = jax.vjp(lambda z: softmax_cross_entropy(z, jnp.zeros(65, int), label_smoothing=smoothing), z)
+    np.testing.assert_array_equal(pull(cotangents)[0], jnp.zeros_like(z))
+
+
+@pytest.mark.parametrize("offset", [0, 100, 1000])
+def test_a_common_offset_of_the_logits_costs_the_gradient_no_precision(offset):
+    z, y = logits_of(64, 1000) + offset, labels_of(64, classes=1000)
+    wide = np.asarray(z, np.float64)
+    p = np.exp(wide - wide.max(-1, keepdims=True))
+    exact = p / p.sum(-1, keepdims=True) - np.eye(1000)[np.asarray(y)]
+    for labels in (y, jax.nn.one_hot(y, 1000)):
+        grad = jax.grad(lambda z: softmax_cross_entropy(z, labels).sum())(z)  # noqa: B023
+        np.testing.assert_allclose(grad, exact, rtol=0, atol=4 * float(jnp.finfo("float32").eps))
