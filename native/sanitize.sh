@@ -37,7 +37,7 @@ from jaxext import _native
 assert _native.__file__.startswith(os.environ["PYTHONPATH"]), _native.__file__
 isas = _native.compiled_isas()[: _native.compiled_isas().index(_native.active_isa()) + 1]
 print(*(isa for isa in isas if isa != "v4" or isa == isas[-1]))'
-# Values and gradients at all sizes, not JAX's transformations. Of conformance bfloat16 alone, as the property tests draw
+# Values and gradients at all sizes, not JAX's transformations. Of conformance bfloat16 alone: property tests draw
 # both, and without attention, whose own test needs no reference in JAX.
 tests="(forward_is_as_exact or gradients_are_as_exact) and bfloat16 and not attention- or products_are_exact \
   or infinite_and_nan or any_shape or match_float64 or large_results"

@@ -53,8 +53,10 @@ def oracle(fn, xs):
         return [np.asarray(y) for y in jax.jit(fn)(*map(jnp.asarray, widened(xs)))]
 
 
-def assert_as_good_as_reference(native, stock, exact, roundings=4):
+def assert_as_good_as_reference(native, stock, exact, roundings=4, sums=0.0):
     """Error against float64: at most twice the reference's in that dtype, plus `roundings` of the largest value.
+
+    `sums`: what a long sum, added in another order than the reference's, may differ by.
 
     Integers are the reference's own.
     """
@@ -70,7 +72,7 @@ def assert_as_good_as_reference(native, stock, exact, roundings=4):
         ok = np.isfinite(e) & np.isfinite(s64)
         if not ok.any():
             continue
-        floor = roundings * float(jnp.finfo(n.dtype).eps) * np.abs(e[ok]).max() + 1e-30
+        floor = roundings * float(jnp.finfo(n.dtype).eps) * np.abs(e[ok]).max() + sums + 1e-30
         error, allowed = np.abs(n64 - e)[ok].max(), 2 * np.abs(s64 - e)[ok].max() + floor
         assert error <= allowed, f"output {i}: error {error:.3e}, allowed {allowed:.3e}"
 
