@@ -13,7 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_conformance import assert_as_good_as_reference, float_indices, operands_of, oracle, reference, run, vjp_of
 
-from jaxext.kernels import _arg_reduce, _cross_entropy, _cumulative, _dot, _norm, _product, _random_bits, _sort, _top_k
+from jaxext.kernels import (
+    _arg_reduce,
+    _cross_entropy,
+    _cumulative,
+    _depthwise,
+    _dot,
+    _indexed_rows,
+    _norm,
+    _product,
+    _random_bits,
+    _sort,
+    _top_k,
+)
 from jaxext.kernels._element import ORDERED
 from jaxext.kernels._op import native_status
 
@@ -55,6 +67,32 @@ def dots(batch, m, k, n, out):
     return _dot._spec("", (batch, m, k), (batch, n, k), (((2,), (2,)), ((0,), (0,))), out)
 
 
+def depthwise(gradient, images, size, taps, channels, stride, dilation, low):
+    reach = [n + 2 * low - (k - 1) * dilation for n, k in zip(size, taps)]
+    places = tuple(max(1, (n - 1) // stride + 1) for n in reach)  # XLA knows no window without any
+    window = _depthwise.Window(places, (stride,) * 2, (dilation,) * 2, low=(low, low))
+    if gradient:
+        window = _depthwise.Window(taps, window.dilation, window.stride, low=(low, low))
+    other = (images, *places, channels) if gradient else (*taps, channels)
+    return _depthwise._spec("", (images, *size, channels), window, other)
+
+
+def depthwise_specs(gradient):
+    side = chosen(1, 2, 7, 16, 33)
+    sizes, taps = st.tuples(side, side), st.tuples(chosen(1, 2, 3), chosen(1, 2, 3, 4, 5, 7, 9))
+    some = (ROWS, sizes, taps, SMALL, chosen(1, 2), chosen(1, 2), chosen(0, 1, 3))
+    return st.builds(depthwise, st.just(gradient), *some)
+
+
+def taken(rows, n, count, clips):
+    fill = None if clips else _indexed_rows.filler("float32", 0)
+    return _indexed_rows._spec("", (max(rows, 1), n), (count, 1), {"fill": fill})
+
+
+def added(rows, n, count, kind, clips):
+    return _indexed_rows._spec("", (max(rows, 1), n), (count, 1), {"kind": kind, "clips": clips}, updates=True)
+
+
 def axes(make, *options):
     """Specs of ops along an axis: of rows, or of columns with a stride of 1 to 1025 elements."""
     return st.builds(
@@ -93,6 +131,14 @@ OTHERS = {
             chosen(0.0, 0.1, 0.5, 1.0), LEVELS,
         ),
     ),
+    "gather": (_indexed_rows.GATHER, FLOATS, st.builds(taken, ROWS, SIZES, chosen(0, 1, 65), FLAG)),
+    "scatter": (
+        _indexed_rows.SCATTER,
+        FLOATS,
+        st.builds(added, ROWS, SIZES, chosen(0, 1, 65), chosen(*_indexed_rows.SCATTER_KINDS), FLAG),
+    ),
+    "depthwise": (_depthwise.DEPTHWISE, FLOATS, depthwise_specs(False)),
+    "depthwise_gradient": (_depthwise.DEPTHWISE_GRADIENT, FLOATS, depthwise_specs(True)),
     "random_bits": (
         _random_bits.RANDOM_BITS,
         ("float32",),

@@ -15,6 +15,8 @@ import numpy as np
 from jaxext import _native, kernels
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._cumulative import CUMULATIVE
+from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT, Window
+from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._product import PRODUCT
 from jaxext.kernels._random_bits import RANDOM_BITS
 from jaxext.kernels._sort import SORT
@@ -45,6 +47,18 @@ def bits(x):
     return RANDOM_BITS(keys, bit_width=32, shape=(20000,))
 
 
+def rows_by_number(x):
+    numbers = jnp.asarray(LABELS[:, None] % ROWS)
+    taken = GATHER(jnp.tile(x, (8, 1)), jnp.tile(numbers, (8, 1)), fill=None)
+    return taken, SCATTER(x, jnp.tile(numbers, (8, 1)), jnp.tile(x, (8, 1)), kind="add", clips=False)
+
+
+def depthwise(x):
+    images, kernel = x.reshape(4, 8, 12, 128), x[:9].reshape(-1, 128)[:9].reshape(3, 3, 128)
+    result = DEPTHWISE(images, kernel, window=Window((8, 12), low=(1, 1)))
+    return result, DEPTHWISE_GRADIENT(images, images, window=Window((3, 3), low=(1, 1)))
+
+
 CALLS = {
     "attention": through_gradient(attend),
     "layer_norm": through_gradient(lambda x: kernels.layer_norm(x, x[0], x[1])),
@@ -58,6 +72,8 @@ CALLS = {
     "arg_reduce": lambda x: ARG_REDUCE(x, axis=-1, largest=True) + ARG_REDUCE(x, axis=-2, largest=False),
     "cumulative": columns_scanned,
     "random_bits": bits,
+    "rows_by_number": rows_by_number,
+    "depthwise": depthwise,
 }
 
 
