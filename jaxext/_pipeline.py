@@ -15,7 +15,7 @@ import jax
 from . import _jax_compat as compat
 from . import _settings
 from ._check import Checked, has_nnx
-from .pipelining import arguments, build, measuring
+from .pipelining import arguments, build, filtered, measuring
 from .pipelining.arguments import Call, Options
 from .pipelining.build import Built, Request
 from .pipelining.plan import PipelinePlan
@@ -92,8 +92,11 @@ class Pipelined:
         functools.update_wrapper(self, step)
         self._step = _plain(step)
         self._signature = inspect.signature(self._step)
-        own = {**compat.jit_options(step), **jit_options}
-        self._options = Options.of(self._signature, own, batch)
+        own = compat.jit_options(step)
+        is_filtered = filtered.is_filter_jitted(step)
+        if is_filtered:
+            own = filtered.donated(step, list(self._signature.parameters))
+        self._options = Options.of(self._signature, own | jit_options, batch, is_filtered)
         self._request = request
         self._lock = threading.Lock()
         self._built: dict[Any, Built] = {}
@@ -130,7 +133,7 @@ class Pipelined:
         with self._lock:
             found = self._built.get(call.key)
             if found is None:
-                found = build.build(self._step, self._signature, call, self._options, self._request)
+                found = build.build(self._step, call, self._options, self._request)
                 self._built[call.key] = found
         return found
 
@@ -138,7 +141,9 @@ class Pipelined:
         """The step by plain JAX on the first device."""
         nnx = sys.modules.get("flax.nnx") if has_nnx((args, kwargs)) else None
         plain = self._plain
-        if plain is None:
+        if plain is None and (self._options.filtered or filtered.holds_module((args, kwargs))):
+            plain = self._plain = sys.modules["equinox"].filter_jit(self._step)
+        elif plain is None:
             plain = self._plain = (nnx or jax).jit(self._step, static_argnames=tuple(self._options.static))
         if nnx is None:
             device = self._request.available()[0]
@@ -156,6 +161,8 @@ class Pipelined:
 
 def _plain(step: Callable[..., Any]) -> Callable[..., Any]:
     """The function inside a jitted one."""
+    if filtered.is_filter_jitted(step):
+        return _plain(step.__wrapped__)
     inner = compat.jitted_function(step) if isinstance(step, jax.stages.Wrapped) else None
     if inner is None and isinstance(step, jax.stages.Wrapped):
         inner = getattr(step, "__wrapped__", None)

@@ -1,4 +1,4 @@
-"""A call of a train step as flat arrays, and back: static arguments, flax.nnx objects, which of them are the batch."""
+"""A call of a train step as flat arrays, and back: static arguments and leaves, flax.nnx objects, the batch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ import jax
 import numpy as np
 
 from .._check import has_nnx
+from . import filtered
 from .refusal import Refusal
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `jax.jit` and `pipeline` are told of a step's arguments, by name of the parameter."""
+    """What `jax.jit` and `pipeline` are told of a step's arguments, by name of the parameter.
+
+    filtered: in all arguments, what is no array is static, as in `eqx.filter_jit`.
+    """
 
     static: frozenset[str]
     donated: frozenset[str]
     batch: frozenset[str] | None
+    filtered: bool = False
 
     @classmethod
-    def of(cls, signature: inspect.Signature, jit: dict[str, Any], batch: Any) -> Options:
+    def of(cls, signature: inspect.Signature, jit: dict[str, Any], batch: Any, filtered: bool = False) -> Options:
         """
         Raises:
           ValueError: a name or number that is no argument of the step.
@@ -44,6 +49,7 @@ class Options:
             named("static_argnums", jit.get("static_argnums"), jit.get("static_argnames")),
             named("donate_argnums", jit.get("donate_argnums"), jit.get("donate_argnames")),
             None if batch is None else named("batch_argnames", batch),
+            filtered,
         )
 
 
@@ -73,7 +79,9 @@ class Call:
 
     def results(self, leaves: Sequence[Any], output: dict[str, Any]) -> Any:
         """The step's result from its flat results; flax.nnx objects are updated in place."""
-        result, state = jax.tree.unflatten(output["tree"], leaves)
+        arrays = iter(leaves)
+        everything = [next(arrays) if is_array else leaf for is_array, leaf in output["leaves"]]
+        result, state = jax.tree.unflatten(output["tree"], everything)
         if self._objects:
             sys.modules["flax.nnx"].update(self._objects, state)
         return result
@@ -91,22 +99,30 @@ def flatten(step: Callable[..., Any], signature: inspect.Signature, options: Opt
     plain = {name: value for name, value in given.items() if name not in objects}
     definition, state = sys.modules["flax.nnx"].split(objects) if objects else (None, {})
     paths, tree = jax.tree_util.tree_flatten_with_path((plain, state))
-    owners = [path[1].key if path[0].idx == 0 else "" for path, _ in paths]
-    leaves = [_array(leaf, owner) for (_, leaf), owner in zip(paths, owners)]
+    owned = [(path[1].key if path[0].idx == 0 else "", leaf) for path, leaf in paths]
+    modules = {name for name, value in plain.items() if options.filtered or filtered.holds_module(value)}
+    fixed = {n: leaf for n, (owner, leaf) in enumerate(owned) if owner in modules and filtered.is_static(leaf)}
+    free = [(owner, leaf) for n, (owner, leaf) in enumerate(owned) if n not in fixed]
+    leaves = [_array(leaf, owner) for owner, leaf in free]
     box: dict[str, Any] = {}
 
     def run(*arrays: Any) -> list[Any]:
-        own, own_state = jax.tree.unflatten(tree, arrays)
+        given = iter(arrays)
+        everything = [fixed[n] if n in fixed else next(given) for n in range(len(owned))]
+        own, own_state = jax.tree.unflatten(tree, everything)
         merged = sys.modules["flax.nnx"].merge(definition, own_state) if objects else {}
         call = inspect.BoundArguments(signature, {})  # type: ignore[arg-type]
         call.arguments.update({name: {**own, **merged, **static}[name] for name in bound.arguments})
         result = step(*call.args, **call.kwargs)
         new = sys.modules["flax.nnx"].state(merged) if objects else {}
         flat, box["tree"] = jax.tree.flatten((result, new))
-        return flat
+        kept = [not (modules and filtered.is_static(leaf)) for leaf in flat]
+        box["leaves"] = [(is_array, None if is_array else leaf) for is_array, leaf in zip(kept, flat)]
+        return [leaf for leaf, is_array in zip(flat, kept) if is_array]
 
-    key = (tree, definition, tuple(sorted(static.items())), tuple(jax.typeof(leaf) for leaf in leaves))
-    return Call(leaves, owners, key, run, box, objects)
+    constants = tuple((n, type(leaf), leaf) for n, leaf in fixed.items())
+    key = (tree, definition, tuple(sorted(static.items())), constants, tuple(jax.typeof(leaf) for leaf in leaves))
+    return Call(leaves, [owner for owner, _ in free], key, run, box, objects)
 
 
 def _array(leaf: Any, owner: str) -> Any:
@@ -118,7 +134,7 @@ def _array(leaf: Any, owner: str) -> Any:
     )
 
 
-def donated(call: Call, options: Options, signature: inspect.Signature) -> list[int]:
+def donated(call: Call, options: Options) -> list[int]:
     """Which leaves the caller gives up."""
     return [number for number, owner in enumerate(call.owners) if owner in options.donated]
 

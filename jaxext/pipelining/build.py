@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -139,9 +138,7 @@ class Built:
         return links
 
 
-def build(
-    step: Callable[..., Any], signature: inspect.Signature, call: Call, options: Options, request: Request
-) -> Built:
+def build(step: Callable[..., Any], call: Call, options: Options, request: Request) -> Built:
     """
     Raises:
       Refusal: the step cannot be pipelined.
@@ -152,7 +149,7 @@ def build(
     captured = capture(call.run, types, name)
     output = call.output()
     typing, size, microbatches = _divide(call, captured, options, request, name)
-    given_up = [captured.graph.inputs[n] for n in arguments.donated(call, options, signature)]
+    given_up = [captured.graph.inputs[n] for n in arguments.donated(call, options)]
     report = Report()
     settings = _settings.from_environment()
     with collecting(report), _settings.use(settings):

@@ -77,12 +77,9 @@ def compile_step(
     stages = cut.cut(typing, num_stages)
     programs = [program.build(s, typing, num_microbatches, f"stage{n}") for n, s in enumerate(stages)]
     homes = _homes(typing, stages)
-    prepare = [_prepare(typing, stage, n) for n, stage in enumerate(stages)]
     epilogue = _epilogue(typing)
-    if epilogue is not None:
-        types = _types_of_batch(typing)
-        data = [value for value in epilogue.inputs if types[value].kind is Kind.DATA]
-        prepare[-1] = _prepare(typing, stages[-1], len(stages) - 1, data)
+    more = _data_read_by(epilogue, typing)
+    prepare = [_prepare(typing, stage, n, more if stage is stages[-1] else ()) for n, stage in enumerate(stages)]
     placed = _place(captured, typing, stages, homes, prepare)
     segments = [(segment, _segment(captured.graph, segment, donated, placed)) for segment in placed.segments]
     return CompiledStep(
@@ -104,7 +101,7 @@ def _jitted(
     return Function(inputs, outputs, accelerate(run, donate_argnums=donated), donated)
 
 
-def _prepare(typing: Typing, stage: Stage, number: int, more: Sequence[Value] = ()) -> Function:
+def _prepare(typing: Typing, stage: Stage, number: int, more: Sequence[Value]) -> Function:
     """What a stage takes of the batch, from the operands of the loss; `more`: further values of the batch."""
     outputs = list(dict.fromkeys([*(typing.pair[v] for v in stage.data), *more]))
     return _from_operands(typing.full, outputs, f"stage{number}_prepare")
@@ -140,6 +137,11 @@ def _epilogue(typing: Typing) -> Function | None:
             nodes.add(node)
             stack += [v.node for v in node.inputs if v.const is None and types[v].kind is Kind.WHOLE]
     return _closed([node for node in typing.full.nodes if node in nodes], wanted, "whole_batch")
+
+
+def _data_read_by(epilogue: Function | None, typing: Typing) -> list[Value]:
+    types = _types_of_batch(typing)
+    return [] if epilogue is None else [value for value in epilogue.inputs if types[value].kind is Kind.DATA]
 
 
 def _place(

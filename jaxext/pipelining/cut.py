@@ -60,7 +60,7 @@ def cut(typing: Typing, num_stages: int) -> list[Stage]:
     """
     collected = wanted(typing)
     order = _order(typing, collected)
-    widths = _widths(typing, order, collected)
+    widths = _widths(typing, order)
     ends = _choose(order, widths, num_stages)
     return _stages(typing, order, ends, collected)
 
@@ -93,7 +93,7 @@ def _order(typing: Typing, collected: list[Value]) -> list[_Item]:
     return items
 
 
-def _widths(typing: Typing, order: list[_Item], collected: list[Value]) -> list[int]:
+def _widths(typing: Typing, order: list[_Item]) -> list[int]:
     """Bytes that would cross a cut after each item."""
     crosses = {Kind.ROW, Kind.SUM}
     last: dict[Value, int] = {}
@@ -158,7 +158,7 @@ def _dynamic_program(share: np.ndarray, places: list[int], prices: list[float], 
 
 def _stages(typing: Typing, order: list[_Item], ends: list[int], collected: list[Value]) -> list[Stage]:
     groups = [order[start:end] for start, end in zip([0, *ends], ends)]
-    operations = _operations(typing, groups, collected)
+    operations = _operations(typing, groups)
     constant = _constant(typing)
     last = len(groups) - 1
     made: dict[Value, int] = {}
@@ -182,7 +182,7 @@ def _made_here(value: Value, operations: list[Operation]) -> bool:
     return any(value in op.outputs for op in operations)
 
 
-def _operations(typing: Typing, groups: list[list[_Item]], collected: list[Value]) -> list[list[Operation]]:
+def _operations(typing: Typing, groups: list[list[_Item]]) -> list[list[Operation]]:
     carried: dict[Node, list[Value]] = {}
     chunks: dict[Node, list[Value]] = {}
     found: list[list[Operation]] = []

@@ -69,7 +69,7 @@ def place(graph: Graph, loss: Node, anchors: Mapping[Value, int], operands: Mapp
     ordered = sorted(segments.values(), key=lambda s: (not s.before, s.phase, s.stage))
     for segment in ordered:
         segment.nodes = _with_what_is_anywhere(segment.nodes, where)
-    _connect(graph, loss, ordered, where, homes)
+    _connect(graph, loss, ordered, homes)
     return Placement(ordered, homes)
 
 
@@ -189,9 +189,7 @@ def _with_what_is_anywhere(nodes: Sequence[Node], where: Mapping[Node, int]) -> 
     return sorted(found, key=lambda node: node.position)
 
 
-def _connect(
-    graph: Graph, loss: Node, segments: Sequence[Segment], where: Mapping[Node, int], homes: dict[Value, int]
-) -> None:
+def _connect(graph: Graph, loss: Node, segments: Sequence[Segment], homes: dict[Value, int]) -> None:
     wanted = {value for value in (*graph.outputs, *loss.inputs) if value.const is None}
     made_in: dict[Value, list[Segment]] = {}
     for segment in segments:

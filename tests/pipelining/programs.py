@@ -1,10 +1,12 @@
-"""Small train steps in plain JAX, linen and nnx, none of which knows of pipelines."""
+"""Small train steps in plain JAX, linen, nnx, Haiku and Equinox, none of which knows of pipelines."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -363,3 +365,102 @@ def nnx_dropout():
         return loss
 
     return train_step, (model, optimizer, tokens(9, LENGTH + 1)), 0
+
+
+# ---------------------------------------------------------------- Haiku
+
+
+def transformer_of_haiku(ids):
+    x = hk.Embed(VOCABULARY, WIDTH)(ids)
+    causal = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
+    for _ in range(3):
+        y = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
+        # A bias of the keys would have no gradient but rounding, which Adam blows up.
+        attend = hk.MultiHeadAttention(4, WIDTH // 4, w_init=hk.initializers.VarianceScaling(), with_bias=False)
+        x = x + hk.dropout(hk.next_rng_key(), 0.1, attend(y, y, y, causal))
+        y = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
+        x = x + hk.nets.MLP([4 * WIDTH, WIDTH], activation=jax.nn.gelu)(y)
+    return hk.Linear(VOCABULARY)(x)
+
+
+@program
+def haiku_dropout():
+    """A key of the old kind, split inside the loss by the modules themselves."""
+    network = hk.transform(transformer_of_haiku)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+
+    @jax.jit
+    def train_step(params, state, key, batch):
+        def loss_fn(params):
+            return picked(network.apply(params, key, batch[:, :-1]), batch[:, 1:]).mean()
+
+        loss, gradients = jax.value_and_grad(loss_fn)(params)
+        return *update(optimizer, gradients, state, params), loss
+
+    batch = tokens(10, LENGTH + 1)
+    params = network.init(jax.random.PRNGKey(0), batch[:, :-1])
+    return train_step, (params, optimizer.init(params), jax.random.PRNGKey(1), batch), 2
+
+
+# ---------------------------------------------------------------- Equinox
+
+
+class Layer(eqx.Module):
+    """One example of shape (length, width). Activations, rates and flags are leaves that are no arrays."""
+
+    first: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    second: eqx.nn.LayerNorm
+    mlp: eqx.nn.MLP
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, key):
+        one, two = jax.random.split(key)
+        self.first, self.second = eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH)
+        self.attention = eqx.nn.MultiheadAttention(4, WIDTH, key=one)
+        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, activation=jax.nn.gelu, key=two)
+        self.dropout = eqx.nn.Dropout(0.1)
+
+    def __call__(self, x, key):
+        y = jax.vmap(self.first)(x)
+        x = x + self.dropout(self.attention(y, y, y), key=key)
+        return x + jax.vmap(self.mlp)(jax.vmap(self.second)(x))
+
+
+class Transformer(eqx.Module):
+    embedding: eqx.nn.Embedding
+    layers: list
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        first, last, *keys = jax.random.split(key, 6)
+        self.embedding = eqx.nn.Embedding(VOCABULARY, WIDTH, key=first)
+        self.layers = [Layer(key) for key in keys]
+        self.head = eqx.nn.Linear(WIDTH, VOCABULARY, key=last)
+
+    def __call__(self, ids, key):
+        x = jax.vmap(self.embedding)(ids)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, jax.random.fold_in(key, number))
+        return jax.vmap(self.head)(x)
+
+
+@program
+def equinox_dropout():
+    """A model of one example under vmap, a key for each example."""
+    optimizer = optax.adamw(1e-3)
+
+    @eqx.filter_jit
+    def train_step(model, state, batch, key):
+        @eqx.filter_value_and_grad
+        def loss_fn(model):
+            keys = jax.random.split(key, batch.shape[0])
+            return picked(jax.vmap(model)(batch[:, :-1], keys), batch[:, 1:]).mean()
+
+        loss, gradients = loss_fn(model)
+        updates, state = optimizer.update(gradients, state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state, loss
+
+    model = Transformer(jax.random.key(2))
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    return train_step, (model, state, tokens(11, LENGTH + 1), jax.random.key(5)), 2
