@@ -15,11 +15,12 @@ import jax
 from . import _jax_compat as compat
 from . import _settings
 from ._check import Checked, has_nnx
-from .pipelining import arguments, build, filtered, measuring
+from .pipelining import arguments, build, filtered, gathering, measuring
 from .pipelining.arguments import Call, Options
 from .pipelining.build import Built, Request
 from .pipelining.plan import PipelinePlan
 from .pipelining.simulate import Costs
+from .pipelining.transport import connect
 from .rewrite import hooks
 
 _JIT_OPTIONS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
@@ -128,6 +129,23 @@ class Pipelined:
         stopwatch = measuring.Stopwatch(built.schedule)
         results = built.executor()(call.leaves, watch=stopwatch)
         return call.results(results, built.output), stopwatch.costs(built.costs)
+
+    def gather(self, state: Any) -> Any:
+        """`state` as NumPy arrays, whole on every process: what a checkpoint of several processes is written from.
+
+        Args:
+          state: a pytree of arrays, any of which may live on another process. All processes call this alike.
+
+        Returns:
+          The same tree, each array a `numpy.ndarray` of its shape and dtype; typed random keys stay as they are.
+
+        Raises:
+          PeerError: another process is gone, or has sent nothing for `timeout` seconds.
+        """
+        processes = {device.process_index for device in self._request.available()}
+        if len(processes) == 1:
+            return gathering.local(state)
+        return gathering.gather(state, connect(), processes, self._request.timeout)
 
     def _build(self, call: Call) -> Built:
         with self._lock:

@@ -83,15 +83,13 @@ def _show(rank: int, lines: IO[str]) -> None:
 
 def _wait(children: list[subprocess.Popen[str]], grace: float) -> int:
     """The exit code of the first process that fails, 0 where none does."""
-    deadline = None
+    deadline, failed = None, 0
     while True:
         codes = [child.poll() for child in children]
         if deadline is None and any(codes):
             rank, failed = next((rank, code) for rank, code in enumerate(codes) if code)
             deadline = time.monotonic() + grace
             print(f"jaxext launch: process {rank} ended with {failed}", file=sys.stderr)
-        if None not in codes:
-            return abs(next((code for code in codes if code), 0))
-        if deadline is not None and time.monotonic() > deadline:
-            return abs(next(code for code in codes if code))
+        if None not in codes or (deadline is not None and time.monotonic() > deadline):
+            return abs(failed)
         time.sleep(0.05)

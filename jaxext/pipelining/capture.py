@@ -161,7 +161,9 @@ def _differentiable(loss: Loss) -> Callable[..., list[Any]]:
                 "Return one scalar loss, and everything else as aux (has_aux=True).",
             )
         found = dict(zip(loss.gradients, gradients, strict=True))
-        return [cotangents[0] * found[value] if value in found else None for value in loss.graph.inputs], None
+        # The loss may be wider than a parameter; a gradient never is.
+        scaled = {value: (cotangents[0] * gradient).astype(value.dtype) for value, gradient in found.items()}
+        return [scaled.get(value) for value in loss.graph.inputs], None
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call

@@ -54,6 +54,10 @@ def difference(want, got):
     return worst
 
 
+def types(found):
+    return [{name: (leaf.shape, leaf.dtype) for name, leaf in results.items()} for results in found]
+
+
 def in_f32(x):
     return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
@@ -81,6 +85,7 @@ def plainly(step):
 def test_three_steps_agree_with_plain_jit(name, schedule, stages, microbatches):
     want = run_plain(name)
     got = run_pipelined(name, schedule, stages, microbatches)
+    assert types(got) == types(want)
     # Optimizers that divide by a gradient's size blow up its rounding.
     assert max(map(difference, want, got)) <= 5e-5
 
@@ -89,6 +94,7 @@ def test_three_steps_agree_with_plain_jit(name, schedule, stages, microbatches):
 def test_three_steps_in_half_precision_err_no_more_than_twice_what_plain_jit_does(name, schedule, stages, microbatches):
     exact, stock = run_plain(name, in_f32), run_plain(name)
     got = run_pipelined(name, schedule, stages, microbatches)
+    assert types(got) == types(stock)
     assert max(map(difference, exact, got)) <= 2 * max(map(difference, exact, stock))
 
 

@@ -16,12 +16,10 @@ import jaxext
 PROGRAM = Path(__file__).parent / "several_processes.py"
 
 
-def launch(folder, processes, *arguments, fault=""):
+def launch(folder, processes, *arguments, program=PROGRAM):
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-P", "-m", "jaxext", "launch", "-n", str(processes), str(PROGRAM), str(folder)]
-    return subprocess.run(
-        [*command, *map(str, arguments), fault], env=kept, capture_output=True, text=True, timeout=300, cwd=folder
-    )
+    command = [sys.executable, "-P", "-m", "jaxext", "launch", "-n", str(processes), str(program), str(folder)]
+    return subprocess.run([*command, *map(str, arguments)], env=kept, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +27,7 @@ def launch(folder, processes, *arguments, fault=""):
     [("multilayer_perceptron", "zb_v", 2), ("linen_dropout", "1f1b", 2), ("tied_embedding_masked_mean", "zb_h1", 4)],
 )
 def test_processes_give_the_bits_that_devices_of_one_process_give(name, schedule, processes, tmp_path):
-    done = launch(tmp_path, processes, name, schedule, 4, 3)
+    done = launch(tmp_path, processes, name, schedule, 4, 3, "")
     assert done.returncode == 0, done.stdout + done.stderr
     step, args, state = next(program for program in PROGRAMS if program.name == name).make()
     pipelined = jaxext.pipeline(step, num_stages=processes, num_microbatches=4, schedule=schedule)
@@ -57,7 +55,7 @@ def test_processes_give_the_bits_that_devices_of_one_process_give(name, schedule
 )
 def test_a_process_that_fails_ends_the_others_with_an_error_that_names_it(fault, message, tmp_path):
     start = time.monotonic()
-    done = launch(tmp_path, 2, "multilayer_perceptron", "1f1b", 4, 3, fault=fault)
+    done = launch(tmp_path, 2, "multilayer_perceptron", "1f1b", 4, 3, fault)
     assert done.returncode != 0
     assert message in done.stdout
     assert "jaxext launch: process" in done.stderr

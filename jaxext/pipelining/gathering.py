@@ -1,0 +1,61 @@
+"""A state whose leaves live on several processes, whole on each of them: what a checkpoint is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .transport import Transport
+
+
+def local(tree: Any) -> Any:
+    """The leaves of a pytree that are all here, as NumPy arrays; typed random keys stay as they are."""
+    return jax.tree.map(_on_host, tree)
+
+
+def gather(tree: Any, transport: Transport, processes: Iterable[int], timeout: float) -> Any:
+    """As `local`, where some leaves are on others of `processes`, which all call this with the same tree.
+
+    Raises:
+      PeerError: another process is gone, or has sent nothing for `timeout` seconds.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    ranks = sorted(processes)
+    missing = _exchanged([not _is_here(leaf) for leaf in leaves], transport, ranks, timeout)
+    found = [_on_host(leaf) if _is_here(leaf) else None for leaf in leaves]
+    for number in range(len(leaves)):
+        tag = f"leaf {number} of a state #{next(transport.moves)}"
+        owner = next((rank for rank in ranks if not missing[rank][number]), None)
+        if owner is None:
+            raise ValueError(f"pipeline.gather: no process has leaf {number}. Give each process the same state.")
+        if owner == transport.rank:
+            for rank in ranks:
+                if missing[rank][number]:
+                    transport.send(rank, tag, [found[number]])
+        elif missing[transport.rank][number]:
+            # Only keys of a kind that is typed carry its name.
+            kind, words = transport.receive(owner, tag, timeout)[0]
+            found[number] = jax.random.wrap_key_data(words, impl=kind) if kind else words
+    return jax.tree.unflatten(structure, found)
+
+
+def _exchanged(missing: Sequence[bool], transport: Transport, ranks: Sequence[int], timeout: float) -> dict[int, Any]:
+    """By process, which leaves it lacks."""
+    tag = f"what a state lacks #{next(transport.moves)}"
+    own = np.asarray(missing, np.uint8)
+    others = [rank for rank in ranks if rank != transport.rank]
+    for rank in others:
+        transport.send(rank, tag, [own])
+    return {transport.rank: own} | {rank: transport.receive(rank, tag, timeout)[0][1] for rank in others}
+
+
+def _is_here(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _on_host(leaf: Any) -> Any:
+    is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else np.asarray(leaf)
