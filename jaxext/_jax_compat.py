@@ -99,6 +99,12 @@ def runs_op_by_op() -> bool:
     return config.disable_jit.value or config.debug_nans.value or config.debug_infs.value
 
 
+def forbidden_values() -> dict[str, Callable[[Any], Any]]:
+    """What no result may hold, by name: NaN under `jax_debug_nans`, infinity under `jax_debug_infs`."""
+    chosen = (("NaN", config.debug_nans, jax.numpy.isnan), ("infinity", config.debug_infs, jax.numpy.isinf))
+    return {name: test for name, option, test in chosen if option.value}
+
+
 def check_as(primitive: Any, reference: Callable[..., Callable[..., Sequence[Any]]]) -> None:
     """`jax.experimental.checkify` looks for NaN and the like inside `reference(**params)` instead of `primitive`."""
 

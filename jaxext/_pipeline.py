@@ -55,7 +55,8 @@ def pipeline(
       devices: where the stages run, in order; by default `jax.devices()`.
       batch_argnames: arguments that hold the examples along the first axis of their arrays; found if not given.
       check: the first step is also run by plain `jax.jit`, and all results are compared.
-      timeout: with several processes, seconds after which a missing array of another process is an error.
+      timeout: with several processes, seconds that one waits for another: to come to its first step, and then for each
+        array. Choose it longer than any pause of a process that is healthy, such as one for a checkpoint.
       jit_options: `static_argnums`, `static_argnames`, `donate_argnums`, `donate_argnames`, as in `jax.jit`.
 
     Returns:
@@ -65,6 +66,8 @@ def pipeline(
       TypeError: `train_step` is not callable, or an unknown option.
       ValueError: an unknown schedule, or a number of stages or microbatches below 1; on the first call also Refusal,
         where the step cannot be pipelined, with the reason, the user's line and the remedy.
+      PeerError: a process is late, has failed or is gone; it names the process, the pass and microbatch, the remedy.
+      FloatingPointError: under `jax_debug_nans` or `jax_debug_infs`, naming the pass, microbatch and process.
       CheckError: `check`, where results differ.
     """
     request = Request(
@@ -145,7 +148,7 @@ class Pipelined:
         processes = {device.process_index for device in self._request.available()}
         if len(processes) == 1:
             return gathering.local(state)
-        return gathering.gather(state, connect(), processes, self._request.timeout)
+        return gathering.gather(state, connect(self._request.timeout), processes, self._request.timeout)
 
     def _build(self, call: Call) -> Built:
         with self._lock:

@@ -133,7 +133,7 @@ class Built:
     def _links(self, devices: list[Any]) -> Links:
         if len({device.process_index for device in devices}) == 1:
             return Links(devices)
-        links = ProcessLinks(devices, connect(), self.timeout)
+        links = ProcessLinks(devices, connect(self.timeout), self.timeout)
         links.agree(self.plan.to_json())
         return links
 

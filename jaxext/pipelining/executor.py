@@ -6,8 +6,9 @@ there. With several processes each runs the actions of its own stages, in that s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -93,7 +94,19 @@ class Executor:
         return jax.jit(lambda: [jnp.zeros(t.shape, t.dtype) for t in types], out_shardings=place)
 
     def __call__(self, inputs: Sequence[Any], watch: Watch | None = None) -> list[Any]:
-        """The results of the step for its flat inputs; `watch` is told of each action, and of what it gave."""
+        """The results of the step for its flat inputs; `watch` is told of each action, and of what it gave.
+
+        Raises:
+          FloatingPointError: under `jax_debug_nans` or `jax_debug_infs`, naming the action, microbatch and process.
+          PeerError: another process is late, has failed or is gone.
+        """
+        try:
+            return self._run(inputs, watch)
+        except Exception as error:
+            self._links.tell(error)
+            raise
+
+    def _run(self, inputs: Sequence[Any], watch: Watch | None) -> list[Any]:
         step = self._step
         arrays = _Arrays(self._links)
         graph = step.captured.graph
@@ -138,7 +151,8 @@ class Executor:
 
     def _call(self, function: Function, arrays: _Arrays, stage: int) -> None:
         given = [arrays.get(value, stage) for value in function.inputs]
-        results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
+        with _named(f"what stage {stage} computes around the loss", self._devices[stage]):
+            results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
         for number in function.donated:
             arrays.forget(function.inputs[number], stage)
         for value, result in zip(function.outputs, results, strict=True):
@@ -168,7 +182,8 @@ class Executor:
     def _prepared(self, arrays: _Arrays, outside: dict[Value, Value], stage: int) -> dict[Value, Any]:
         function = self._step.prepare[stage]
         given = [arrays.get(outside[value], stage) for value in function.inputs]
-        results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
+        with _named(f"what stage {stage} takes of the batch", self._devices[stage]):
+            results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
         return dict(zip(function.outputs, results, strict=True))
 
     def _results(self, arrays: _Arrays, run: _LossRun) -> None:
@@ -217,13 +232,35 @@ class Executor:
         return found[0] if len(found) == 1 and found[0].dtype == value.dtype else self._sum(found, value.dtype)
 
 
+@contextlib.contextmanager
+def _named(what: str, device: Any) -> Iterator[None]:
+    """Under `jax_debug_nans`, the error says what gave the NaN."""
+    try:
+        yield
+    except FloatingPointError as error:
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise FloatingPointError(
+            f"pipeline: {what}, on {device} of process {device.process_index}: {reason}. Look at these examples and at "
+            "the learning rate; without jax_debug_nans and jax_debug_infs, training goes on as in plain JAX."
+        ) from error
+
+
+def _check(arrays: Sequence[Any]) -> None:
+    """Under `jax_debug_nans`; JAX itself does not look where it dispatches the fast way."""
+    for name, test in compat.forbidden_values().items():
+        for array in arrays:
+            if jnp.issubdtype(array.dtype, jnp.inexact) and test(array).any():
+                raise FloatingPointError(f"{name} in a result of type {array.dtype}{list(array.shape)}")
+
+
 class _LossRun:
     """One pass of all microbatches through the stages."""
 
     def __init__(self, executor: Executor, data: list[dict[Value, Any]]) -> None:
         step = executor._step
         self._step, self._links, self._numbers = step, executor._links, executor._numbers
-        self._local = executor._local
+        self._local, self._microbatches = executor._local, step.num_microbatches
+        self._passes = {Kind.F: self._forward, Kind.B: self._backward, Kind.I: self._input, Kind.W: self._weights}
         self.data = data
         self._sliced = [[own[step.typing.pair[v]] for v in stage.data] for own, stage in zip(data, step.stages)]
         self.parameters: list[list[Any]] = []
@@ -244,16 +281,13 @@ class _LossRun:
         self._bring(action)
         if not self._local[stage]:
             return []
-        match action.kind:
-            case Kind.F:
-                return self._forward(stage, microbatch)
-            case Kind.B:
-                return self._backward(stage, microbatch)
-            case Kind.I:
-                return self._input(stage, microbatch)
-            case Kind.W:
-                return self._weights(stage, microbatch)
-        raise ValueError(f"{action.kind} is not for an executor of one process")
+        name = f"{action.kind.value}{microbatch} of stage {stage} (microbatch {microbatch} of {self._microbatches})"
+        with _named(name, self._links.devices[stage]):
+            results = self._passes[action.kind](stage, microbatch)
+            own = self._step.programs[stage].stage
+            # What is kept for the backward pass may hold anything, as in plain JAX.
+            _check(results[: len(own.sends) + len(own.collected)] if action.kind is Kind.F else results)
+            return results
 
     def _bring(self, action: Action) -> None:
         """What an action needs from a neighbouring stage, to its own."""

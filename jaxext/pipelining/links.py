@@ -49,6 +49,9 @@ class Links:
     def handle(self, aval: Any, stage: int) -> Any:
         raise AssertionError("all stages are here")
 
+    def tell(self, error: Exception) -> None:
+        """Other processes get to know that this one fails."""
+
 
 class ProcessLinks(Links):
     """Moves between stages on several processes of JAX's distributed runtime.
@@ -92,6 +95,9 @@ class ProcessLinks(Links):
         """A `jax.Array` on another process's device: its type can be seen, its values not."""
         place = SingleDeviceSharding(self.devices[stage])
         return jax.make_array_from_single_device_arrays(aval.shape, place, [], dtype=aval.dtype)
+
+    def tell(self, error: Exception) -> None:
+        self._transport.tell(" ".join(str(error).split()) or repr(error))
 
     def agree(self, plan: str) -> None:
         """

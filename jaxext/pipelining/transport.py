@@ -7,7 +7,6 @@ JAX's own distributed runtime, whose cluster detection (SLURM, Open MPI, Kuberne
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import json
@@ -25,7 +24,9 @@ import numpy as np
 from .. import _jax_compat as compat
 
 _LENGTHS = struct.Struct("!QQ")
-_CONNECT_SECONDS = 300
+_FAILED = "failed"
+# How long a process that fails waits for its last words to be sent.
+_LAST_WORDS_SECONDS = 5.0
 
 
 class PeerError(RuntimeError):
@@ -36,36 +37,55 @@ class Transport:
     """Connections to all other processes.
 
     rank, size: this process and how many there are. Peers are numbered as `jax.process_index`.
+    timeout: seconds that each of the others has to get here.
+
+    Raises:
+      PeerError: one did not.
     """
 
-    def __init__(self, rank: int, size: int, addresses: Any) -> None:
+    def __init__(self, rank: int, size: int, addresses: Any, timeout: float) -> None:
         self.rank, self.size = rank, size
         # All processes move the same arrays in the same order, which numbers them.
         self.moves = itertools.count()
         self._peers: dict[int, _Peer] = {}
         listener = socket.create_server(("", 0))
-        listener.settimeout(_CONNECT_SECONDS)
+        listener.settimeout(timeout)
         addresses.put(rank, f"{addresses.host()}:{listener.getsockname()[1]}")
         for other in range(rank):
-            host, _, port = addresses.get(other).rpartition(":")
-            connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
+            try:
+                host, _, port = addresses.get(other, timeout).rpartition(":")
+                connection = socket.create_connection((host, int(port)), timeout=timeout)
+            except (OSError, jax.errors.JaxRuntimeError) as error:
+                raise _is_late(rank, [other], timeout) from error
             connection.sendall(struct.pack("!Q", rank))
             self._peers[other] = _Peer(other, connection)
-        for _ in range(rank + 1, size):
-            connection, _ = listener.accept()
+        while missing := [other for other in range(rank + 1, size) if other not in self._peers]:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError as error:
+                raise _is_late(rank, missing, timeout) from error
             (other,) = struct.unpack("!Q", _exactly(connection, 8))
             self._peers[other] = _Peer(other, connection)
         listener.close()
 
     def send(self, peer: int, tag: str, arrays: Sequence[Any]) -> None:
         """Send arrays, typed random keys among them, under a name that is used once. Returns at once."""
-        self._peers[peer].outbox.put((tag, [_words(array) for array in arrays]))
+        self._peers[peer].outbox.put((tag, [_words(array) for array in arrays], None))
+
+    def tell(self, message: str) -> None:
+        """Tell all peers why this process fails; whoever waits for it, or ever does, gets to know."""
+        told = [threading.Event() for _ in self._peers]
+        for peer, event in zip(self._peers.values(), told):
+            peer.outbox.put((_FAILED, [("", np.frombuffer(message.encode(), np.uint8))], event))
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        for event in told:
+            event.wait(max(0.0, deadline - time.monotonic()))
 
     def receive(self, peer: int, tag: str, timeout: float) -> list[tuple[str, np.ndarray]]:
         """The arrays that `peer` sent under this name; with each its kind of random key, "" for a plain array.
 
         Raises:
-          PeerError: it has gone, or sent nothing within `timeout` seconds.
+          PeerError: it has failed, is gone, or sent nothing within `timeout` seconds.
         """
         return self._peers[peer].receive(tag, timeout, self.rank)
 
@@ -76,7 +96,7 @@ class _Peer:
     def __init__(self, rank: int, connection: socket.socket) -> None:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.outbox: queue.SimpleQueue[tuple[str, list[tuple[str, Any]]]] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[tuple[str, list[tuple[str, Any]], threading.Event | None]] = queue.SimpleQueue()
         self._rank, self._connection = rank, connection
         self._arrived: dict[str, list[tuple[str, np.ndarray]]] = {}
         self._changed = threading.Condition()
@@ -90,10 +110,12 @@ class _Peer:
             while tag not in self._arrived:
                 left = deadline - time.monotonic()
                 if self._lost or left <= 0:
-                    state = f"is gone ({self._lost})" if self._lost else f"has not sent it for {timeout:.0f} s"
+                    state = self._lost or f"has not sent it for {timeout:.0f} s"
+                    patience = "" if self._lost else "; where it is healthy but slow, with a longer timeout="
                     raise PeerError(
                         f"pipeline: process {own} waits for {tag} from process {self._rank}, which {state}. Look at "
-                        f"the log of process {self._rank}, then start all processes again from the last checkpoint."
+                        f"the log of process {self._rank}, then start all processes again from the last checkpoint"
+                        f"{patience}."
                     )
                 self._changed.wait(left)
             return self._arrived.pop(tag)
@@ -101,26 +123,39 @@ class _Peer:
     def _write(self) -> None:
         try:
             while True:
-                tag, arrays = self.outbox.get()
+                tag, arrays, sent = self.outbox.get()
                 self._connection.sendall(_packed(tag, [(key, np.asarray(words)) for key, words in arrays]))
+                if sent is not None:
+                    sent.set()
         except OSError as error:
-            self._fail(error)
+            self._fail(f"is gone ({error})")
 
     def _read(self) -> None:
         try:
             while True:
                 header, body = _LENGTHS.unpack(_exactly(self._connection, _LENGTHS.size))
                 tag, arrays = _unpacked(_exactly(self._connection, header), _exactly(self._connection, body))
+                if tag == _FAILED:
+                    self._fail(f"has failed: {arrays[0][1].tobytes().decode()}")
+                    continue
                 with self._changed:
                     self._arrived[tag] = arrays
                     self._changed.notify_all()
         except OSError as error:
-            self._fail(error)
+            self._fail(f"is gone ({error})")
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, reason: str) -> None:
         with self._changed:
-            self._lost = self._lost or str(error)
+            self._lost = self._lost or reason
             self._changed.notify_all()
+
+
+def _is_late(rank: int, others: Sequence[int], timeout: float) -> PeerError:
+    names = " and ".join(f"process {other}" for other in others)
+    return PeerError(
+        f"pipeline: process {rank} has waited {timeout:.0f} s for {names} to come to the first pipelined step. Look at "
+        f"the log of {names}, or give it more time: jaxext.pipeline(timeout={2 * timeout:.0f})."
+    )
 
 
 def _exactly(connection: socket.socket, count: int) -> bytearray:
@@ -176,11 +211,19 @@ class _Addresses:
     def put(self, rank: int, address: str) -> None:
         self._store.key_value_set(f"jaxext/pipeline/{rank}", address)
 
-    def get(self, rank: int) -> str:
-        return self._store.blocking_key_value_get(f"jaxext/pipeline/{rank}", _CONNECT_SECONDS * 1000)
+    def get(self, rank: int, timeout: float) -> str:
+        return self._store.blocking_key_value_get(f"jaxext/pipeline/{rank}", round(timeout * 1000))
 
 
-@functools.cache
-def connect() -> Transport:
-    """The connections of this process, made once."""
-    return Transport(jax.process_index(), jax.process_count(), _Addresses())
+_connected: list[Transport] = []
+
+
+def connect(timeout: float) -> Transport:
+    """The connections of this process, made once; `timeout`: seconds that the others have to get here.
+
+    Raises:
+      PeerError: one of them did not.
+    """
+    if not _connected:
+        _connected.append(Transport(jax.process_index(), jax.process_count(), _Addresses(), timeout))
+    return _connected[0]

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from programs import PROGRAMS
-from test_several_processes import launch
+from test_several_processes import launch, run_here
 
 import jaxext
 
@@ -52,18 +52,6 @@ def test_a_plain_run_goes_on_over_any_number_of_stages_and_back_bit_for_bit(name
     plain(*state, *batch)
 
 
-def losses_of(name, count, steps):
-    """The losses of devices of this process, which are those of as many processes."""
-    step, args, state = BY_NAME[name].make()
-    pipelined = jaxext.pipeline(step, num_stages=count, num_microbatches=4)
-    losses = []
-    for _ in range(steps):
-        results = pipelined(*args)
-        args = (*results[:state], *args[state:])
-        losses.append(float(results[state]))
-    return losses
-
-
 def losses_in(text):
     """By step; all processes print the same."""
     found = re.findall(r"step (\d+): loss (\S+)", text)
@@ -78,7 +66,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint_with_the_same_lo
     assert before.returncode != 0 and sorted(losses_in(before.stdout)) == [0, 1, 2], before.stdout + before.stderr
     after = launch(tmp_path / "saved", 2, name, 4, 6, -1, program=PROGRAM)
     assert after.returncode == 0 and sorted(losses_in(after.stdout)) == [3, 4, 5], after.stdout + after.stderr
-    assert list((losses_in(before.stdout) | losses_in(after.stdout)).values()) == losses_of(name, 2, 6)
+    assert list((losses_in(before.stdout) | losses_in(after.stdout)).values()) == run_here(name, "1f1b", 2, 6)[0]
 
 
 def test_gathering_in_one_process_brings_leaves_to_the_host():
