@@ -125,13 +125,15 @@ class Pipelined:
     def measure(self, *args: Any, **kwargs: Any) -> tuple[Any, Costs]:
         """One step whose actions run one at a time and are timed: its result, and the seconds of each stage's passes.
 
-        Call it after a step, so that everything is compiled.
+        Call it after a step, so that everything is compiled. With several processes all call it alike; the costs are
+        those of all, with latency (seconds) and bandwidth (bytes a second) of the slowest link between neighbours.
+        `jaxext.pipelining.simulate.simulate(step.plan(*args).schedule, costs).makespan` predicts the loss's seconds.
         """
         call = arguments.flatten(self._step, self._signature, self._options, args, kwargs)
         built = self._build(call)
         stopwatch = measuring.Stopwatch(built.schedule)
         results = built.executor()(call.leaves, watch=stopwatch)
-        return call.results(results, built.output), stopwatch.costs(built.costs)
+        return call.results(results, built.output), built.executor().joined(stopwatch.costs(built.costs))
 
     def gather(self, state: Any) -> Any:
         """`state` as NumPy arrays, whole on every process: what a checkpoint of several processes is written from.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ from . import compiled as compiling
 from . import cost, placement
 from .action import Action, Kind
 from .compiled import CompiledStep, Function
-from .links import REMOTE, Links
-
-Watch = Callable[[Action, list[Any]], None]
+from .links import REMOTE, Links, Parcel
+from .measuring import Stopwatch
+from .simulate import Costs
 
 
 class _Arrays:
@@ -93,8 +93,13 @@ class Executor:
         place = jax.sharding.SingleDeviceSharding(self._devices[stage])
         return jax.jit(lambda: [jnp.zeros(t.shape, t.dtype) for t in types], out_shardings=place)
 
-    def __call__(self, inputs: Sequence[Any], watch: Watch | None = None) -> list[Any]:
-        """The results of the step for its flat inputs; `watch` is told of each action, and of what it gave.
+    def joined(self, costs: Costs) -> Costs:
+        """What was measured here, with what other processes measured and what the links between them cost."""
+        sent = [sum(cost.nbytes(value.aval) for value in stage.sends) for stage in self._step.stages]
+        return self._links.joined(costs, sent)
+
+    def __call__(self, inputs: Sequence[Any], watch: Stopwatch | None = None) -> list[Any]:
+        """The results of the step for its flat inputs; `watch` is told of each action here.
 
         Raises:
           FloatingPointError: under `jax_debug_nans` or `jax_debug_infs`, naming the action, microbatch and process.
@@ -106,7 +111,7 @@ class Executor:
             self._links.tell(error)
             raise
 
-    def _run(self, inputs: Sequence[Any], watch: Watch | None) -> list[Any]:
+    def _run(self, inputs: Sequence[Any], watch: Stopwatch | None) -> list[Any]:
         step = self._step
         arrays = _Arrays(self._links)
         graph = step.captured.graph
@@ -160,7 +165,7 @@ class Executor:
 
     # ------------------------------------------------------------ the loss
 
-    def _loss(self, arrays: _Arrays, watch: Watch | None) -> None:
+    def _loss(self, arrays: _Arrays, watch: Stopwatch | None) -> None:
         step = self._step
         node, loss = step.captured.node, step.captured.loss
         outside = dict(zip(loss.operands, node.inputs))
@@ -170,9 +175,7 @@ class Executor:
             [arrays.get(inside[value], n) for value in stage.parameters] for n, stage in enumerate(step.stages)
         ]
         for action in self._order:
-            results = run.act(action)
-            if watch is not None:
-                watch(action, results)
+            run.act(action, watch)
         self.last_run = LastRun(run.peak)
         count = len(loss.graph.outputs)
         self._results(arrays, run)
@@ -266,43 +269,58 @@ class _LossRun:
         self.parameters: list[list[Any]] = []
         self.totals = [zero() for zero in executor._zeros]
         self.collected: list[list[list[Any]]] = [[[] for _ in range(step.num_microbatches)] for _ in step.stages]
-        self._sent: dict[tuple[int, int], list[Any]] = {}
+        self._sent: dict[tuple[int, int], Parcel] = {}
         self._received: dict[tuple[int, int], list[Any]] = {}
         self._incoming: dict[tuple[int, int], list[Any]] = {}
-        self._cotangents: dict[tuple[int, int], list[Any]] = {}
+        self._cotangents: dict[tuple[int, int], Parcel] = {}
         self._residuals: dict[tuple[int, int], list[Any]] = {}
         self._handed: dict[tuple[int, int], list[Any]] = {}
         self._live = [0] * step.num_stages
         self.peak = [0] * step.num_stages
 
-    def act(self, action: Action) -> list[Any]:
-        """Dispatch an action; all arrays that it gives."""
+    def act(self, action: Action, watch: Stopwatch | None) -> None:
+        """Dispatch an action, if it is this process's."""
         stage, microbatch = action.stage, action.microbatch
-        self._bring(action)
+        brought = self._bring(action)
         if not self._local[stage]:
-            return []
+            self._hand_on(action, None)
+            return
+        if watch is not None:
+            watch.start(brought)
         name = f"{action.kind.value}{microbatch} of stage {stage} (microbatch {microbatch} of {self._microbatches})"
         with _named(name, self._links.devices[stage]):
             results = self._passes[action.kind](stage, microbatch)
             own = self._step.programs[stage].stage
             # What is kept for the backward pass may hold anything, as in plain JAX.
             _check(results[: len(own.sends) + len(own.collected)] if action.kind is Kind.F else results)
-            return results
+        self._hand_on(action, results)
+        if watch is not None:
+            watch.stop(action, results)
 
-    def _bring(self, action: Action) -> None:
+    def _bring(self, action: Action) -> list[Any]:
         """What an action needs from a neighbouring stage, to its own."""
         stage, microbatch = action.stage, action.microbatch
-        programs = self._step.programs
         if action.kind is Kind.F and stage:
-            arrays = self._sent.pop((stage - 1, microbatch), [REMOTE] * len(programs[stage].stage.receives))
-            self._received[stage, microbatch] = self._links.move(
-                arrays, stage - 1, stage, f"F{microbatch} of stage {stage - 1}"
-            )
-        elif action.kind in (Kind.B, Kind.I) and stage + 1 < len(programs):
-            arrays = self._cotangents.pop((stage + 1, microbatch), [REMOTE] * len(programs[stage].float_sent))
-            self._incoming[stage, microbatch] = self._links.move(
-                arrays, stage + 1, stage, f"{action.kind.value}{microbatch} of stage {stage + 1}"
-            )
+            found = self._received[stage, microbatch] = self._links.take(self._sent.pop((stage - 1, microbatch)))
+            return found
+        if action.kind in (Kind.B, Kind.I) and stage + 1 < self._step.num_stages:
+            found = self._incoming[stage, microbatch] = self._links.take(self._cotangents.pop((stage + 1, microbatch)))
+            return found
+        return []
+
+    def _hand_on(self, action: Action, results: list[Any] | None) -> None:
+        """What a neighbouring stage needs of the results, None for those of another process, on its way at once."""
+        stage, microbatch = action.stage, action.microbatch
+        program = self._step.programs[stage]
+        if action.kind is Kind.F and stage + 1 < self._step.num_stages:
+            count, target, parcels = len(program.stage.sends), stage + 1, self._sent
+        elif action.kind in (Kind.B, Kind.I) and stage:
+            count, target, parcels = len(program.float_received), stage - 1, self._cotangents
+        else:
+            return
+        arrays = [REMOTE] * count if results is None else results[:count]
+        name = f"{action.kind.value}{microbatch} of stage {stage}"
+        parcels[stage, microbatch] = self._links.send(arrays, stage, target, name)
 
     def _forward(self, stage: int, microbatch: int) -> list[Any]:
         program = self._step.programs[stage]
@@ -311,7 +329,6 @@ class _LossRun:
         arguments = [*self.parameters[stage], *received, *self._sliced[stage], number]
         returned = program.forward(*arguments)
         own = program.stage
-        self._sent[stage, microbatch] = returned[: len(own.sends)]
         self.collected[stage][microbatch] = returned[len(own.sends) : len(own.sends) + len(own.collected)]
         self._residuals[stage, microbatch] = program.kept.gather(arguments, returned)
         self._live[stage] += 1
@@ -326,7 +343,6 @@ class _LossRun:
         program = self._step.programs[stage]
         incoming = self._for_backward(stage, microbatch)
         results = program.backward(*incoming, *self.totals[stage])
-        self._cotangents[stage, microbatch] = results[: len(program.float_received)]
         self.totals[stage] = results[len(program.float_received) :]
         self._free(stage, microbatch)
         return results
@@ -335,7 +351,6 @@ class _LossRun:
         program = self._step.programs[stage]
         incoming = self._for_backward(stage, microbatch)
         results = program.cotangents(*incoming)
-        self._cotangents[stage, microbatch] = results[: len(program.float_received)]
         self._handed[stage, microbatch] = [*incoming, *results[len(program.float_received) :]]
         return results
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ def gather(tree: Any, transport: Transport, processes: Iterable[int], timeout: f
     """
     leaves, structure = jax.tree.flatten(tree)
     ranks = sorted(processes)
-    missing = _exchanged([not _is_here(leaf) for leaf in leaves], transport, ranks, timeout)
+    own = np.array([not _is_here(leaf) for leaf in leaves], np.uint8)
+    missing = transport.exchange(own, ranks, "what a state lacks", timeout)
     found = [_on_host(leaf) if _is_here(leaf) else None for leaf in leaves]
     for number in range(len(leaves)):
         tag = f"leaf {number} of a state #{next(transport.moves)}"
@@ -38,18 +39,8 @@ def gather(tree: Any, transport: Transport, processes: Iterable[int], timeout: f
         elif missing[transport.rank][number]:
             # Only keys of a kind that is typed carry its name.
             kind, words = transport.receive(owner, tag, timeout)[0]
-            found[number] = jax.random.wrap_key_data(words, impl=kind) if kind else words
+            found[number] = jax.random.wrap_key_data(jax.numpy.asarray(words), impl=kind) if kind else words
     return jax.tree.unflatten(structure, found)
-
-
-def _exchanged(missing: Sequence[bool], transport: Transport, ranks: Sequence[int], timeout: float) -> dict[int, Any]:
-    """By process, which leaves it lacks."""
-    tag = f"what a state lacks #{next(transport.moves)}"
-    own = np.asarray(missing, np.uint8)
-    others = [rank for rank in ranks if rank != transport.rank]
-    for rank in others:
-        transport.send(rank, tag, [own])
-    return {transport.rank: own} | {rank: transport.receive(rank, tag, timeout)[0][1] for rank in others}
 
 
 def _is_here(leaf: Any) -> bool:

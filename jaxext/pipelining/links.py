@@ -6,6 +6,7 @@ computed but stands as `REMOTE`; where a value crosses, the one side sends and t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from . import link_costs
+from .simulate import Costs
 from .transport import PeerError, Transport
 
 
@@ -27,6 +30,16 @@ class Remote:
 REMOTE = Remote()
 
 
+@dataclasses.dataclass
+class Parcel:
+    """Arrays on their way from one stage to another; `name`: what they are."""
+
+    arrays: list[Any]
+    source: int
+    target: int
+    name: str
+
+
 class Links:
     """Moves between stages whose devices all belong to this process."""
 
@@ -36,11 +49,19 @@ class Links:
     def is_local(self, stage: int) -> bool:
         return True
 
+    def send(self, arrays: Sequence[Any], source: int, target: int, name: str) -> Parcel:
+        """Send `arrays`, which are on stage `source`. Returns at once."""
+        return Parcel(list(arrays), source, target, name)
+
+    def take(self, parcel: Parcel) -> list[Any]:
+        """The arrays on their target's device; waits for those of another process."""
+        if not parcel.arrays or self.devices[parcel.source] is self.devices[parcel.target]:
+            return parcel.arrays
+        return jax.device_put(parcel.arrays, self.devices[parcel.target])
+
     def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
         """`arrays`, which are on stage `source`, on stage `target`; `name`: what they are."""
-        if not arrays or self.devices[source] is self.devices[target]:
-            return list(arrays)
-        return jax.device_put(list(arrays), self.devices[target])
+        return self.take(self.send(arrays, source, target, name))
 
     def share(self, array: Any, source: int, name: str) -> Any:
         """An array on stage `source` for whoever looks at it."""
@@ -48,6 +69,10 @@ class Links:
 
     def handle(self, aval: Any, stage: int) -> Any:
         raise AssertionError("all stages are here")
+
+    def joined(self, costs: Costs, sent_bytes: Sequence[int]) -> Costs:
+        """The measured costs of all stages and links, from those of the stages that are here."""
+        return costs
 
     def tell(self, error: Exception) -> None:
         """Other processes get to know that this one fails."""
@@ -67,20 +92,23 @@ class ProcessLinks(Links):
     def is_local(self, stage: int) -> bool:
         return self._processes[stage] == self._transport.rank
 
-    def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
+    def send(self, arrays: Sequence[Any], source: int, target: int, name: str) -> Parcel:
         here, there = self._processes[source], self._processes[target]
-        tag = f"{name} #{next(self._transport.moves)}"
-        if not arrays:
-            return []
+        parcel = super().send(arrays, source, target, f"{name} #{next(self._transport.moves)}")
+        if arrays and here != there and here == self._transport.rank:
+            self._transport.send(there, parcel.name, arrays)
+        if here != there:
+            parcel.arrays = [REMOTE] * len(arrays)
+        return parcel
+
+    def take(self, parcel: Parcel) -> list[Any]:
+        here, there = self._processes[parcel.source], self._processes[parcel.target]
+        if not parcel.arrays or there != self._transport.rank:
+            return [REMOTE] * len(parcel.arrays)
         if here == there:
-            local = here == self._transport.rank
-            return super().move(arrays, source, target, name) if local else [REMOTE] * len(arrays)
-        if here == self._transport.rank:
-            self._transport.send(there, tag, arrays)
-        if there == self._transport.rank:
-            found = self._transport.receive(here, tag, self._timeout)
-            return [_array(item, self.devices[target]) for item in found]
-        return [REMOTE] * len(arrays)
+            return super().take(parcel)
+        found = self._transport.receive(here, parcel.name, self._timeout)
+        return [_array(item, self.devices[parcel.target]) for item in found]
 
     def share(self, array: Any, source: int, name: str) -> Any:
         here = self._processes[source]
@@ -96,6 +124,9 @@ class ProcessLinks(Links):
         place = SingleDeviceSharding(self.devices[stage])
         return jax.make_array_from_single_device_arrays(aval.shape, place, [], dtype=aval.dtype)
 
+    def joined(self, costs: Costs, sent_bytes: Sequence[int]) -> Costs:
+        return link_costs.joined(costs, self._processes, sent_bytes, self._transport, self._timeout)
+
     def tell(self, error: Exception) -> None:
         self._transport.tell(" ".join(str(error).split()) or repr(error))
 
@@ -105,12 +136,10 @@ class ProcessLinks(Links):
           PeerError: another process has another plan, or another JAX.
         """
         own = f"JAX {jax.__version__}, plan {hashlib.sha256(plan.encode()).hexdigest()[:12]}"
-        tag = f"the plan #{next(self._transport.moves)}"
-        others = sorted(set(self._processes) - {self._transport.rank})
-        for other in others:
-            self._transport.send(other, tag, [np.frombuffer(own.encode(), np.uint8)])
-        for other in others:
-            theirs = self._transport.receive(other, tag, self._timeout)[0][1].tobytes().decode()
+        words = np.frombuffer(own.encode(), np.uint8)
+        plans = self._transport.exchange(words, sorted(set(self._processes)), "the plan", self._timeout)
+        for other, found in plans.items():
+            theirs = found.tobytes().decode()
             if theirs != own:
                 raise PeerError(
                     f"pipeline: process {self._transport.rank} has {own}, process {other} has {theirs}. Start all "

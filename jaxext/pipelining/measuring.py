@@ -13,18 +13,21 @@ from .simulate import Costs
 
 
 class Stopwatch:
-    """Told of every action of a step as it is dispatched, it waits for the action and keeps the time."""
+    """Told of every action of this process before and after its dispatch, it waits for it and keeps the time."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._seconds: dict[tuple[Kind, int], list[float]] = {}
         self._stages = schedule.num_stages
-        self._last = time.perf_counter()
+        self._started = time.perf_counter()
 
-    def __call__(self, action: Action, results: list[Any]) -> None:
+    def start(self, given: list[Any]) -> None:
+        """An action begins, once what it was `given` by its neighbours is there."""
+        jax.block_until_ready(given)
+        self._started = time.perf_counter()
+
+    def stop(self, action: Action, results: list[Any]) -> None:
         jax.block_until_ready(results)
-        now = time.perf_counter()
-        self._seconds.setdefault((action.kind, action.stage), []).append(now - self._last)
-        self._last = now
+        self._seconds.setdefault((action.kind, action.stage), []).append(time.perf_counter() - self._started)
 
     def costs(self, counted: Costs) -> Costs:
         """The median seconds of each stage's passes; a whole backward pass is divided as it was counted."""

@@ -72,6 +72,18 @@ class Transport:
         """Send arrays, typed random keys among them, under a name that is used once. Returns at once."""
         self._peers[peer].outbox.put((tag, [_words(array) for array in arrays], None))
 
+    def exchange(self, own: np.ndarray, ranks: Sequence[int], name: str, timeout: float) -> dict[int, np.ndarray]:
+        """An array of each of these processes, by rank; all of them call this alike.
+
+        Raises:
+          PeerError: one of them has failed, is gone, or sent nothing within `timeout` seconds.
+        """
+        tag = f"{name} #{next(self.moves)}"
+        others = [rank for rank in ranks if rank != self.rank]
+        for rank in others:
+            self.send(rank, tag, [own])
+        return {self.rank: own} | {rank: self.receive(rank, tag, timeout)[0][1] for rank in others}
+
     def tell(self, message: str) -> None:
         """Tell all peers why this process fails; whoever waits for it, or ever does, gets to know."""
         told = [threading.Event() for _ in self._peers]

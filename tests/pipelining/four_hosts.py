@@ -1,0 +1,79 @@
+"""A program for `jaxext launch`: timed steps over a process for each stage, whose passes are made to last a known time.
+
+The hosts of the test share a machine's cores, those of a cluster do not: so each pass computes, and then sleeps until a
+fixed time after it began, in which it leaves the cores to the others.
+
+Arguments: folder, seconds of a forward pass, steps.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from programs import BATCH, dense, normal
+
+import jaxext
+from jaxext.pipelining.simulate import simulate
+
+WIDE = 512
+
+
+def step(params, x):
+    def loss_fn(params):
+        y = x
+        for w in params:
+            y = jnp.tanh(y @ w)
+        return jnp.mean(y**2)
+
+    loss, gradients = jax.value_and_grad(loss_fn)(params)
+    return jax.tree.map(lambda w, g: w - g, params, gradients), loss
+
+
+def arguments():
+    return [dense(n, WIDE, WIDE) for n in range(4)], normal(9, BATCH, WIDE)
+
+
+def lasting(run, seconds):
+    """`run`, ending so many seconds after it began."""
+
+    def slowed(*arrays):
+        start = time.perf_counter()
+        results = jax.block_until_ready(run(*arrays))
+        time.sleep(max(0.0, start + seconds - time.perf_counter()))
+        return results
+
+    return slowed
+
+
+def main(folder, seconds, steps):
+    pipelined = jaxext.pipeline(step, num_microbatches=4, schedule="1f1b")
+    params, x = arguments()
+    params, loss = pipelined(params, x)
+    losses, times = [float(loss)], []
+    (built,) = pipelined._built.values()
+    for program in built.step.programs:
+        program.forward = lasting(program.forward, seconds)
+        program.backward = lasting(program.backward, 2 * seconds)
+    (params, loss), costs = pipelined.measure(params, x)
+    losses.append(float(loss))
+    for _ in range(steps):
+        start = time.perf_counter()
+        params, loss = pipelined(params, x)
+        losses.append(float(loss))
+        times.append(time.perf_counter() - start)
+    predicted = simulate(built.schedule, costs).makespan
+    found = {"losses": losses, "seconds": times, "predicted": predicted, "latency": costs.transfer}
+    found |= {"bandwidth": costs.bandwidth, "forward": costs.forward}
+    (Path(folder) / f"{jax.process_index()}.json").write_text(json.dumps(found))
+    np.savez(Path(folder) / f"{jax.process_index()}.npz", *(w for w in params if w.is_fully_addressable))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
