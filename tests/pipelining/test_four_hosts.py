@@ -68,3 +68,9 @@ def test_four_hosts_on_a_slow_link_give_the_bits_of_one_process_in_the_time_that
     assert not delayed or link[0] > DELAY_MS * 1e-3
     measured = statistics.median(max(own["seconds"][n] for own in found) for n in range(STEPS))
     assert measured == pytest.approx(found[0]["predicted"], rel=0.15)
+
+
+def test_where_hosts_cannot_be_made_one_line_says_why(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NotPermitted, match=r"^the command ip is not here$"), hosts(2, KBIT, DELAY_MS):
+        pass
