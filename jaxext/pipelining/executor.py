@@ -249,7 +249,7 @@ def _named(what: str, device: Any) -> Iterator[None]:
 
 
 def _check(arrays: Sequence[Any]) -> None:
-    """Under `jax_debug_nans`; JAX itself does not look where it dispatches the fast way."""
+    """Under `jax_debug_nans`; JAX was seen not to look at every dispatch of a compiled pass."""
     for name, test in compat.forbidden_values().items():
         for array in arrays:
             if jnp.issubdtype(array.dtype, jnp.inexact) and test(array).any():
