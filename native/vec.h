@@ -161,12 +161,8 @@ JAXEXT_INLINE vf round_nearest(vf x) {
 #endif
 }
 
-// 2^x, relative error below 2.5e-7 for |x| < 126; 0 below -150, infinity above 128, NaN for NaN.
-// Minimax polynomial of degree 6 on [-1/2, 1/2] and an exponent added to the bits.
-JAXEXT_INLINE vf exp2(vf x) {
-  vf in = x;
-  x = min(splat(129.f), max(splat(-151.f), x));
-  vf n = round_nearest(x), f = x - n;
+// 2^(n + f) for a whole n from -151 to 129 and |f| <= 1/2: minimax polynomial of degree 6, and an exponent added to the bits.
+JAXEXT_INLINE vf exp2(vf n, vf f) {
   vf p = splat(1.5353362e-4f);
   p = fma(p, f, splat(1.3398874e-3f));
   p = fma(p, f, splat(9.6184373e-3f));
@@ -175,13 +171,19 @@ JAXEXT_INLINE vf exp2(vf x) {
   p = fma(p, f, splat(6.9314720e-1f));
   p = fma(p, f, splat(1.f));
 #if defined(__AVX512F__)
-  vf r = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   // Two halves, so that neither factor's exponent leaves the normal range.
   vi k = __builtin_convertvector(n, vi), half = k >> 1;
-  vf r = p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
+  return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
 #endif
-  return select(in != in, in, r);
+}
+// 2^x, relative error below 2.5e-7 for |x| < 126; 0 below -150, infinity above 128, NaN for NaN.
+JAXEXT_INLINE vf exp2(vf x) {
+  vf in = x;
+  x = min(splat(129.f), max(splat(-151.f), x));
+  vf n = round_nearest(x);
+  return select(in != in, in, exp2(n, x - n));
 }
 JAXEXT_INLINE vf exp(vf x) {
   // x*log2(e) in two parts: the rounding of one product alone costs 1e-5 at x = -80.

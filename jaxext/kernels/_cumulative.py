@@ -1,7 +1,8 @@
-"""`lax.cumsum`, `cumprod`, `cummax` and `cummin` in one reading.
+"""`lax.cumsum`, `cumprod`, `cummax`, `cummin` and `cumlogsumexp` in one reading.
 
-XLA scans in log2(n) passes. Sums and products are carried in double precision, so they are nearer to the exact ones
-than stock's; maxima and minima are stock's, but for denormals, which stock turns to zero.
+XLA scans in log2(n) passes. Sums and products of floats are carried in double precision, so they are nearer to the
+exact ones than stock's; maxima and minima are stock's, but for denormals, which stock turns to zero. Those of 32-bit
+integers are stock's.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["CUMULATIVE", "KINDS", "cumulative_gains"]
 
-_NATIVE = ("float32", "bfloat16")
-KINDS = ("cumsum", "cumprod", "cummax", "cummin")
+_FLOATS = ("float32", "bfloat16")
+_NATIVE = (*_FLOATS, "int32", "uint32")
+KINDS = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 
 # Below, starting the call costs what it gains. Measured in tests/bench/bench_primitives.py.
-LEAST_ELEMENTS = 1 << 12
+LEAST_ELEMENTS, LEAST_LOGARITHMS = 1 << 12, 1 << 6
 LEAST_AXIS = 8
 
 
@@ -29,15 +31,17 @@ def _reference(x: jax.Array, *, axis: int, kind: str, reverse: bool) -> Sequence
     return (getattr(jax.lax, kind)(x, axis=x.ndim + axis, reverse=reverse),)
 
 
-def _refuses(x: Any, **_: Any) -> str | None:
-    if x.dtype.name not in _NATIVE:
-        return f"'x' is {x.dtype}; the kernel takes {', '.join(_NATIVE)}"
+def _refuses(x: Any, *, kind: str, **_: Any) -> str | None:
+    taken = _FLOATS if kind == "cumlogsumexp" else _NATIVE
+    if x.dtype.name not in taken:
+        return f"'x' is {x.dtype}; the kernel takes {', '.join(taken)}"
     return None
 
 
-def cumulative_gains(x: Any, axis: int) -> bool:
+def cumulative_gains(x: Any, axis: int, kind: str) -> bool:
     """Whether the kernel is faster than XLA for x along an axis counted from the end (-1: the last)."""
-    return math.prod(x.shape) >= LEAST_ELEMENTS and x.shape[axis] >= LEAST_AXIS
+    least = LEAST_LOGARITHMS if kind == "cumlogsumexp" else LEAST_ELEMENTS
+    return math.prod(x.shape) >= least and x.shape[axis] >= LEAST_AXIS
 
 
 def _attributes(*, axis: int, kind: str, reverse: bool) -> Mapping[str, Any]:
@@ -70,5 +74,8 @@ CUMULATIVE = Op(
         _spec("largest", (3, 70), -1, "cummax"),
         _spec("smallest", (70, 3), -2, "cummin", reverse=True),
         _spec("no rows", (0, 9), -1, "cumsum"),
+        _spec("logarithms, rows", (3, 700), -1, "cumlogsumexp"),
+        _spec("logarithms, a row from the end", (1, 5000), -1, "cumlogsumexp", reverse=True),
+        _spec("logarithms, columns", (2, 300, 77), -2, "cumlogsumexp"),
     ),
 )

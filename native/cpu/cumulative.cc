@@ -1,9 +1,9 @@
-// cumsum, cumprod, cummax and cummin in one reading, where XLA makes log2(n) passes. Sums and products are carried in
-// double precision, so that the error does not grow with the length.
+// cumsum, cumprod, cummax and cummin in one reading, where XLA makes log2(n) passes. Sums and products of floats are
+// carried in double precision, so that the error does not grow with the length; those of integers wrap around.
 #include "cpu/cumulative.h"
 
 #ifdef JAXEXT_KERNEL
-#include "vec.h"
+#include "cpu/cumulative_logsumexp.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
@@ -12,19 +12,10 @@ constexpr int64_t kTaskElements = 1 << 15;  // of a task, at least
 constexpr int64_t kSplit = 1 << 16;         // a row this long is cut, so that several threads share it
 constexpr int64_t kColumns = 64;            // neighbouring columns of one task
 
-JAXEXT_INLINE float widened(float x) { return x; }
-JAXEXT_INLINE float widened(bf16 x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
-JAXEXT_INLINE void put(float* p, float x) { *p = x; }
-JAXEXT_INLINE void put(bf16* p, float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  *p = (bf16)(x != x ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
+JAXEXT_INLINE int32_t widened(int32_t x) { return x; }
+JAXEXT_INLINE uint32_t widened(uint32_t x) { return x; }
+JAXEXT_INLINE void put(int32_t* p, int32_t x) { *p = x; }
+JAXEXT_INLINE void put(uint32_t* p, uint32_t x) { *p = x; }
 
 struct Sum {
   typedef double Carry;
@@ -52,13 +43,36 @@ struct Min {
   }
 };
 
+struct WholeSum {
+  typedef uint32_t Carry;
+  static constexpr uint32_t kNeutral = 0;
+  static JAXEXT_INLINE uint32_t step(uint32_t a, uint32_t b) { return a + b; }
+};
+struct WholeProduct {
+  typedef uint32_t Carry;
+  static constexpr uint32_t kNeutral = 1;
+  static JAXEXT_INLINE uint32_t step(uint32_t a, uint32_t b) { return a * b; }
+};
+template <class T>
+struct WholeMax {
+  typedef T Carry;
+  static constexpr T kNeutral = (T)-1 > 0 ? (T)0 : (T)INT32_MIN;
+  static JAXEXT_INLINE T step(T a, T b) { return a > b ? a : b; }
+};
+template <class T>
+struct WholeMin {
+  typedef T Carry;
+  static constexpr T kNeutral = (T)-1 > 0 ? (T)UINT32_MAX : (T)INT32_MAX;
+  static JAXEXT_INLINE T step(T a, T b) { return a < b ? a : b; }
+};
+
 // Elements [first, last) of a row in scan order; returns the carry behind them. Where `out` is null only that is wanted.
 template <class F, class T, bool kReverse>
 typename F::Carry run(const T* x, int64_t n, int64_t first, int64_t last, typename F::Carry carry, T* out) {
   for (int64_t i = first; i < last; i++) {
     const int64_t at = kReverse ? n - 1 - i : i;
     carry = F::step(carry, (typename F::Carry)widened(x[at]));
-    if (out) put(out + at, (float)carry);
+    if (out) put(out + at, carry);
   }
   return carry;
 }
@@ -116,12 +130,12 @@ void along_columns(const CumulativeArgs& a, const Parallel& par) {
       if (width == kColumns)  // a constant bound: whole registers
         for (int64_t c = 0; c < kColumns; c++) {
           carry[c] = F::step(carry[c], (Carry)widened(x[at + c]));
-          put(out + at + c, (float)carry[c]);
+          put(out + at + c, carry[c]);
         }
       else
         for (int64_t c = 0; c < width; c++) {
           carry[c] = F::step(carry[c], (Carry)widened(x[at + c]));
-          put(out + at + c, (float)carry[c]);
+          put(out + at + c, carry[c]);
         }
     }
   });
@@ -134,18 +148,25 @@ void of_type(const CumulativeArgs& a, const Parallel& par) {
 }
 
 template <class F>
-void of_kind(const CumulativeArgs& a, const Parallel& par) {
-  a.bf16 ? of_type<F, bf16>(a, par) : of_type<F, float>(a, par);
+void of_floats(const CumulativeArgs& a, const Parallel& par) {
+  a.type == Element::bf16 ? of_type<F, bf16>(a, par) : of_type<F, float>(a, par);
+}
+
+template <template <class> class F>
+void of_whole(const CumulativeArgs& a, const Parallel& par) {
+  a.type == Element::i32 ? of_type<F<int32_t>, int32_t>(a, par) : of_type<F<uint32_t>, uint32_t>(a, par);
 }
 
 }  // namespace
 
 void cumulative(const CumulativeArgs& a, const Parallel& par) {
+  const bool whole = a.type == Element::i32 || a.type == Element::u32;
   switch (a.kind) {
-    case CumulativeKind::sum: return of_kind<Sum>(a, par);
-    case CumulativeKind::prod: return of_kind<Product>(a, par);
-    case CumulativeKind::max: return of_kind<Max>(a, par);
-    case CumulativeKind::min: return of_kind<Min>(a, par);
+    case CumulativeKind::sum: return whole ? of_type<WholeSum, uint32_t>(a, par) : of_floats<Sum>(a, par);
+    case CumulativeKind::prod: return whole ? of_type<WholeProduct, uint32_t>(a, par) : of_floats<Product>(a, par);
+    case CumulativeKind::max: return whole ? of_whole<WholeMax>(a, par) : of_floats<Max>(a, par);
+    case CumulativeKind::min: return whole ? of_whole<WholeMin>(a, par) : of_floats<Min>(a, par);
+    case CumulativeKind::logsumexp: return logsumexp(a, par);
   }
 }
 
@@ -164,19 +185,23 @@ ffi::Error cumulative_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Resul
                               int64_t kind, bool reverse) {
   const auto dims = x.dimensions(), shape = out->dimensions();
   axis += dims.size();
-  if (!is_float(x.element_type())) return bad_argument("cumulative", "x", "an array of float32 or bfloat16");
+  Element type{};
+  const bool whole = x.element_type() == ffi::DataType::S32 || x.element_type() == ffi::DataType::U32;
+  if (!element_of(x.element_type(), type) || !(whole || is_float(x.element_type())))
+    return bad_argument("cumulative", "x", "an array of float32, bfloat16, int32 or uint32");
   if (axis < 0 || axis >= (int64_t)dims.size())
     return bad_argument("cumulative", "axis", "counted from the end, one of x's, x being " + shape_text(dims));
   if (out->element_type() != x.element_type() || !same_shape(shape, dims))
     return bad_argument("cumulative", "out", "of x's shape and type, x being " + shape_text(dims));
-  if (kind < 0 || kind > 3) return bad_argument("cumulative", "kind", "0 (sum), 1 (prod), 2 (max) or 3 (min)");
+  if (kind < 0 || kind > (whole ? 3 : 4))
+    return bad_argument("cumulative", "kind", "0 (sum), 1 (prod), 2 (max), 3 (min) or, of floats, 4 (logsumexp)");
   CumulativeArgs a{x.untyped_data(),
                    out->untyped_data(),
                    product(dims, 0, axis),
                    dims[axis],
                    product(dims, axis + 1, dims.size()),
                    static_cast<CumulativeKind>(kind),
-                   x.element_type() == ffi::DataType::BF16,
+                   type,
                    reverse};
   if (a.outer > 0 && a.n > 0 && a.inner > 0) JAXEXT_DISPATCH(cumulative)(a, parallel(pool));
   return ffi::Error::Success();

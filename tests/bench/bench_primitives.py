@@ -60,7 +60,12 @@ def running_sums():
             x = array(shape, dtype)
             native = lambda x, axis=axis: CUMULATIVE(x, axis=axis, kind="cumsum", reverse=False)  # noqa: E731
             stock = lambda x, axis=axis: jnp.cumsum(x, axis)  # noqa: E731
-            report(f"cumsum {shape} axis {axis} {dtype}", native, stock, cumulative_gains(x, axis), x)
+            report(f"cumsum {shape} axis {axis} {dtype}", native, stock, cumulative_gains(x, axis, "cumsum"), x)
+    for shape, axis in (((1, 512), -1), ((8, 512), -1), ((8, 1024, 256), -2), ((64, 8192), -1), ((64, 65536), -1)):
+        for kind, dtype in (("cumlogsumexp", "float32"), ("cumlogsumexp", "bfloat16"), ("cumsum", "int32")):
+            x, params = array(shape, dtype), {"axis": axis, "kind": kind, "reverse": False}
+            runs = [lambda x, f=f, p=params: f(x, **p) for f in (CUMULATIVE, CUMULATIVE.reference)]
+            report(f"{kind} {shape} axis {axis} {dtype}", *runs, cumulative_gains(x, axis, kind), x)
 
 
 def rows_by_number():

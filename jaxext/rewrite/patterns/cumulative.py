@@ -1,4 +1,4 @@
-"""Running sums, products, maxima and minima along an axis."""
+"""Running sums, products, maxima, minima and logarithms of sums of exponentials along an axis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..exchange import Exchange
 def _choose(eqn: Any, *, kind: str) -> tuple[Op, Mapping[str, Any]] | None:
     x = eqn.invars[0].aval
     axis = eqn.params["axis"] - len(x.shape)
-    if compat.explicit_sharding(x) or CUMULATIVE.refusal(x) is not None or not cumulative_gains(x, axis):
+    if compat.explicit_sharding(x) or CUMULATIVE.refusal(x, kind=kind) or not cumulative_gains(x, axis, kind):
         return None
     return CUMULATIVE, {"axis": axis, "kind": kind, "reverse": eqn.params["reverse"]}
 
