@@ -30,6 +30,7 @@ KERNELS = (
     "scatter",
     "random_bits",
     "convolution",
+    "max_pool",
     "recurrence",
 )
 

@@ -10,6 +10,7 @@ from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
+from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
 from jaxext.kernels._norm import OPS as _NORMS
 from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from jaxext.kernels._op import Op, native_status
@@ -34,7 +35,8 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-_PRIMITIVES = (DOT, DEPTHWISE, DEPTHWISE_GRADIENT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS, GATHER, SCATTER)
+_EXCHANGED = (TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS, GATHER, SCATTER, MAX_POOL, MAX_POOL_GRADIENT)
+_PRIMITIVES = (DOT, DEPTHWISE, DEPTHWISE_GRADIENT, *_EXCHANGED)
 OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.

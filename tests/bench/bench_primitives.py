@@ -1,4 +1,4 @@
-"""Single primitives against stock JAX: sort, argmax, running sums, rows by number, random bits, convolutions.
+"""Single primitives against stock JAX: sort, argmax, running sums, rows by number, random bits, windows.
 
     python tests/bench/bench_primitives.py
 
@@ -14,6 +14,7 @@ import jaxext
 from jaxext.kernels._arg_reduce import ARG_REDUCE, arg_reduce_gains
 from jaxext.kernels._cumulative import CUMULATIVE, cumulative_gains
 from jaxext.kernels._indexed_rows import GATHER, SCATTER, gather_gains, scatter_gains
+from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT, max_pool_gains
 from jaxext.kernels._random_bits import RANDOM_BITS, random_bits_gains
 from jaxext.kernels._sort import SORT, sort_gains
 
@@ -128,6 +129,22 @@ def depthwise_convolutions():
             report(f"{name}, dW", jaxext.accelerate(gradient), gradient, True, x, w, x)
 
 
+def windows():
+    for shape, size, stride in (((16, 64, 64, 64), 3, 2), ((16, 64, 64, 64), 2, 2), ((128, 28, 28, 32), 2, 2),
+                                ((1, 112, 112, 64), 3, 2), ((16, 32, 32, 64), 3, 1), ((16, 64, 64, 4), 3, 2),
+                                ((1, 8, 8, 16), 3, 2), ((16, 64, 64, 1), 2, 2)):  # fmt: skip
+        window, strides = (size, size), (stride, stride)
+        pads = tuple(jax.lax.padtype_to_pads(shape[1:3], window, strides, "SAME"))
+        params = {"window": window, "strides": strides, "padding": pads, "trailing": 1}
+        for dtype in ("float32", "bfloat16"):
+            x = array(shape, dtype)
+            pooled = array(jax.eval_shape(lambda x, p=params: MAX_POOL.reference(x, **p), x)[0].shape, dtype)
+            for op, args in ((MAX_POOL, (x,)), (MAX_POOL_GRADIENT, (pooled, x))):
+                runs = [lambda *xs, f=f, p=params: f(*xs, **p) for f in (op, op.reference)]
+                taken = max_pool_gains(op, x, window, strides, 1)
+                report(f"{op.name} {size} by {stride} of {shape} {dtype}", *runs, taken, *args)
+
+
 if __name__ == "__main__":
     for group in (
         sorts,
@@ -137,5 +154,6 @@ if __name__ == "__main__":
         random_numbers,
         convolutions,
         depthwise_convolutions,
+        windows,
     ):
         group()

@@ -11,6 +11,7 @@ from . import (
     dot,
     indexed_rows,
     linear_cross_entropy,
+    max_pool,
     norm,
     random_bits,
     recurrence,
@@ -36,5 +37,6 @@ EXCHANGES: tuple[Exchange, ...] = (
     *indexed_rows.EXCHANGES,
     random_bits.EXCHANGE,
     convolution.EXCHANGE,
+    *max_pool.EXCHANGES,
     recurrence.EXCHANGE,
 )
