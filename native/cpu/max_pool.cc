@@ -81,7 +81,7 @@ void gradient_of(const MaxPoolArgs& a, const Parallel& par) {
   rows = rows < least ? least : rows;
   rows = rows < a.rows.in ? rows : a.rows.in;
   const int64_t tasks = (a.rows.in + rows - 1) / rows;
-  parallel_for(par, a.batch * tasks, [&](int64_t task) {
+  parallel_for(threads_for(par, a.batch * a.rows.in * size), a.batch * tasks, [&](int64_t task) {
     auto* places = static_cast<int64_t*>(thread_arena(a.rows.window * a.columns.window * sizeof(int64_t)));
     const int64_t first = task % tasks * rows, last = first + rows < a.rows.in ? first + rows : a.rows.in;
     gradient_rows<T>(a, task / tasks, first, last, places);
@@ -98,7 +98,7 @@ template <class T>
 void forward_of(const MaxPoolArgs& a, const Parallel& par) {
   const int64_t size = a.columns.in * a.inner, n = a.rows.window * a.columns.window;
   const int64_t rows = kTaskElements / (a.columns.out * a.inner) + 1, tasks = (a.rows.out + rows - 1) / rows;
-  parallel_for(par, a.batch * tasks, [&](int64_t task) {
+  parallel_for(threads_for(par, a.batch * a.rows.in * size), a.batch * tasks, [&](int64_t task) {
     auto* places = static_cast<int64_t*>(thread_arena(n * sizeof(int64_t)));
     const int64_t image = task / tasks, first = task % tasks * rows;
     const int64_t last = first + rows < a.rows.out ? first + rows : a.rows.out;
