@@ -20,6 +20,7 @@ from jaxext.kernels import (
     _depthwise,
     _dot,
     _indexed_rows,
+    _max_pool,
     _norm,
     _product,
     _random_bits,
@@ -93,6 +94,17 @@ def added(rows, n, count, kind, clips):
     return _indexed_rows._spec("", (max(rows, 1), n), (count, 1), {"kind": kind, "clips": clips}, updates=True)
 
 
+def pooled(back, images, size, window, strides, low, channels):
+    padding = tuple((min(low, w - 1),) * 2 for w in window)
+    return _max_pool._spec("", (images, *size, channels), window, strides, padding, back=back)
+
+
+def pool_specs(back):
+    side, taps = chosen(1, 2, 7, 16, 33), chosen(1, 2, 3, 5)
+    pairs = (st.tuples(side, side), st.tuples(taps, taps), st.tuples(taps, taps))
+    return st.builds(pooled, st.just(back), ROWS, *pairs, chosen(0, 1, 2), SMALL)
+
+
 def axes(make, *options):
     """Specs of ops along an axis: of rows, or of columns with a stride of 1 to 1025 elements."""
     return st.builds(
@@ -137,6 +149,8 @@ OTHERS = {
         FLOATS,
         st.builds(added, ROWS, SIZES, chosen(0, 1, 65), chosen(*_indexed_rows.SCATTER_KINDS), FLAG),
     ),
+    "max_pool": (_max_pool.MAX_POOL, FLOATS, pool_specs(False)),
+    "max_pool_gradient": (_max_pool.MAX_POOL_GRADIENT, FLOATS, pool_specs(True)),
     "depthwise": (_depthwise.DEPTHWISE, FLOATS, depthwise_specs(False)),
     "depthwise_gradient": (_depthwise.DEPTHWISE_GRADIENT, FLOATS, depthwise_specs(True)),
     "random_bits": (

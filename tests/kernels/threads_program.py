@@ -17,6 +17,7 @@ from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT, Window
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
+from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
 from jaxext.kernels._product import PRODUCT
 from jaxext.kernels._random_bits import RANDOM_BITS
 from jaxext.kernels._sort import SORT
@@ -59,6 +60,13 @@ def depthwise(x):
     return result, DEPTHWISE_GRADIENT(images, images, window=Window((3, 3), low=(1, 1)))
 
 
+def pooled(x):
+    images = x.reshape(8, 6, 8, 128)
+    params = {"window": (3, 3), "strides": (2, 2), "padding": ((0, 1), (0, 1)), "trailing": 1}
+    (result,) = MAX_POOL(images, **params)
+    return result, MAX_POOL_GRADIENT(result, images, **params)
+
+
 CALLS = {
     "attention": through_gradient(attend),
     "layer_norm": through_gradient(lambda x: kernels.layer_norm(x, x[0], x[1])),
@@ -74,6 +82,7 @@ CALLS = {
     "random_bits": bits,
     "rows_by_number": rows_by_number,
     "depthwise": depthwise,
+    "max_pool": pooled,
 }
 
 
