@@ -56,7 +56,7 @@ def pipeline(
       batch_argnames: arguments that hold the examples along the first axis of their arrays; found if not given.
       check: the first step is also run by plain `jax.jit`, and all results are compared.
       timeout: with several processes, seconds that one waits for another: to come to its first step, and then for each
-        array. Choose it longer than any pause of a process that is healthy, such as one for a checkpoint.
+        array. Choose it longer than any healthy pause, such as one for a checkpoint.
       jit_options: `static_argnums`, `static_argnames`, `donate_argnums`, `donate_argnames`, as in `jax.jit`.
 
     Returns:
@@ -70,9 +70,8 @@ def pipeline(
       FloatingPointError: under `jax_debug_nans` or `jax_debug_infs`, naming the pass, microbatch and process.
       CheckError: `check`, where results differ.
     """
-    request = Request(
-        num_stages, num_microbatches, schedule, num_chunks, None if devices is None else tuple(devices), timeout
-    )
+    places = None if devices is None else tuple(devices)
+    request = Request(num_stages, num_microbatches, schedule, num_chunks, places, timeout)
     request.validate()
     unknown = sorted(set(jit_options) - set(_JIT_OPTIONS))
     if unknown:
