@@ -10,8 +10,9 @@ GPUs", 2016, sections 3.1 and 3.3; here for any scan).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from .. import _jax_compat as compat
 from . import trace
+from .facts import Facts
 from .plan import HIGHER_ORDER
 from .trace import Graph, Node, Value
 
@@ -62,13 +64,21 @@ class Cut:
         """What the body gives for the stacked results."""
         return self.graph.outputs[len(self.carried) :]
 
-    @property
+    @functools.cached_property
+    def alike(self) -> Mapping[Value, Value]:
+        """Each operand of what runs after the loop, and the first of them that is the same array."""
+        facts = Facts.of(self.graph)
+        found: dict[Value, Value] = {}
+        for node in (*self.late.values(), *(sum_.source for sum_ in self.sums.values())):
+            for value in node.inputs:
+                found[value] = next((known for known in found.values() if facts.same(value, known)), value)
+        return found
+
+    @functools.cached_property
     def stacked(self) -> list[Value]:
         """The loop's values that are needed after it; slices are there anyhow."""
-        nodes = (*self.late.values(), *(s.source for s in self.sums.values()))
         there = _made_from(self.graph, self.constants) | {*self.slices}
-        wanted = dict.fromkeys(one_of(self.graph, value) for node in nodes for value in node.inputs)
-        return [value for value in wanted if value.const is None and value not in there]
+        return [value for value in dict.fromkeys(self.alike.values()) if value.const is None and value not in there]
 
     def more_bytes(self) -> int:
         """The bytes that one step stacks because of the cut."""
@@ -92,7 +102,7 @@ def cut(eqn: Any, worthwhile: Worthwhile) -> Cut | None:
     early = [
         node
         for node in graph.nodes
-        if in_each.issuperset(node.outputs) and leaves(node) and not _costly(_needed(graph, node.inputs, fixed))
+        if in_each.issuperset(node.outputs) and leaves(node) and not _costly(trace.between(node.inputs, fixed))
     ]
     starts = graph.inputs[constants : constants + carried]
     ends = enumerate(zip(starts, graph.outputs))
@@ -105,15 +115,6 @@ def cut(eqn: Any, worthwhile: Worthwhile) -> Cut | None:
     if not (early or late or sums):
         return None
     return Cut(graph, graph.inputs[:constants], starts, graph.inputs[constants + carried :], early, late, sums)
-
-
-def one_of(graph: Graph, value: Value) -> Value:
-    """Of the values that an operation makes of the same operands, the first."""
-    if value.node is None:
-        return value
-    known = graph.memo.setdefault("operations", {})
-    key = (value.node.primitive, tuple(value.node.inputs), str(value.node.params))
-    return known.setdefault(key, value.node).outputs[value.node.outputs.index(value)]
 
 
 def _bytes(value: Value) -> int:
@@ -129,19 +130,7 @@ def _made_from(graph: Graph, known: Collection[Value]) -> set[Value]:
     return made
 
 
-def _needed(graph: Graph, wanted: Sequence[Value], known: Collection[Value]) -> list[Node]:
-    """The operations that compute `wanted` from `known`, in program order."""
-    nodes: set[Node] = set()
-    stack = list(wanted)
-    while stack:
-        value = stack.pop()
-        if value not in known and value.node is not None and value.node not in nodes:
-            nodes.add(value.node)
-            stack += value.node.inputs
-    return sorted(nodes, key=lambda node: node.position)
-
-
-def _costly(nodes: Sequence[Node]) -> bool:
+def _costly(nodes: Iterable[Node]) -> bool:
     return any(node.primitive in _COSTLY or node.primitive.startswith("jaxext_") for node in nodes)
 
 
@@ -207,9 +196,9 @@ def run(cut: Cut, params: Mapping[str, Any], operands: Sequence[Any]) -> list[An
     steps |= _products(cut.graph, [node.outputs[0] for node in cut.early], fixed, steps)
     last, results, steps = _loop(cut, params, fixed, carry, steps)
     for number, sum_ in cut.sums.items():
-        last[number] = carry[cut.carried[number]] + _total(cut.graph, sum_, fixed, steps)
+        last[number] = carry[cut.carried[number]] + _total(cut, sum_, fixed, steps)
     for number, node in cut.late.items():
-        own = {value: steps[one] for value in node.inputs if (one := one_of(cut.graph, value)) in steps}
+        own = {value: steps[one] for value in node.inputs if (one := cut.alike[value]) in steps}
         results[number] = _products(cut.graph, node.outputs, fixed, own)[node.outputs[0]]
     return [*(last[i] for i in range(len(last))), *(results[i] for i in range(len(results)))]
 
@@ -250,12 +239,12 @@ def _loop(
     return dict(zip(kept, last)), dict(zip(given, results)), {**steps, **seen}
 
 
-def _total(graph: Graph, sum_: Sum, fixed: Mapping[Value, Any], steps: Mapping[Value, Any]) -> Any:
+def _total(cut: Cut, sum_: Sum, fixed: Mapping[Value, Any], steps: Mapping[Value, Any]) -> Any:
     """The terms of all steps, summed."""
     node = sum_.source
     sides, _ = node.params["dimension_numbers"]
     contracted = tuple((0, *(d + 1 for d in side)) for side in sides)
-    operands = [steps[one_of(graph, value)] for value in node.inputs]
+    operands = [steps[cut.alike[value]] for value in node.inputs]
     params = {**node.params, "dimension_numbers": (contracted, ((), ()))}
     wide = sum_.term.dtype
     if wide != node.outputs[0].dtype:
@@ -264,12 +253,12 @@ def _total(graph: Graph, sum_: Sum, fixed: Mapping[Value, Any], steps: Mapping[V
         params["preferred_element_type"] = wide
     with compat.source_of(node.eqn):
         (total,) = compat.bind(node.eqn, operands, params)
-    return _compute(graph, [sum_.term], {**fixed, node.outputs[0]: total})[0]
+    return _compute(cut.graph, [sum_.term], {**fixed, node.outputs[0]: total})[0]
 
 
 def _compute(graph: Graph, wanted: Sequence[Value], known: Mapping[Value, Any]) -> list[Any]:
     env: dict[Value, Any] = {**graph.captures, **known}
-    for node in _needed(graph, wanted, known):
+    for node in sorted(trace.between(wanted, known), key=lambda node: node.position):
         inputs = [env.get(value, value.const) for value in node.inputs]
         with compat.source_of(node.eqn):
             results = compat.bind(node.eqn, inputs, node.params)

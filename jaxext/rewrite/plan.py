@@ -190,7 +190,7 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
             match = _try(pattern, node, plan, near)
             if match is None or match.kernel in settings.exclude or left_out(match.kernel, node.eqn):
                 continue
-            covers = _covered(match)
+            covers = frozenset(trace.between(match.roots, set(match.inputs)))
             refusal = match.refusal or _explicit_sharding(match)
             if refusal is not None:
                 plan.report.fallbacks.append(_entry(match.kernel, node, match, refusal))
@@ -283,20 +283,6 @@ def _entry(kernel: str, node: Node, match: Match | None, reason: str = "") -> En
         reason=reason,
         detail=match.detail if match is not None else "",
     )
-
-
-def _covered(match: Match) -> frozenset[Node]:
-    """The nodes from the match's roots back to its inputs."""
-    inputs = set(match.inputs)
-    found: set[Node] = set()
-    stack = [root.node for root in match.roots if root.node is not None]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        stack += [value.node for value in node.inputs if value not in inputs and value.node is not None]
-    return frozenset(found)
 
 
 # ---------------------------------------------------------------- what is left to run

@@ -7,7 +7,7 @@ custom derivatives, shardings) stay one node each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +124,18 @@ class Graph:
         if self._returned is None:
             self._returned = set(self.outputs)
         return value in self._returned
+
+
+def between(wanted: Iterable[Value], known: Container[Value]) -> set[Node]:
+    """The operations that compute `wanted` from `known`."""
+    found: set[Node] = set()
+    stack = list(wanted)
+    while stack:
+        value = stack.pop()
+        if value not in known and value.node is not None and value.node not in found:
+            found.add(value.node)
+            stack += value.node.inputs
+    return found
 
 
 def build(closed_jaxpr: Any, origins: Sequence[Value | None] = ()) -> Graph:
