@@ -43,6 +43,16 @@ JAXEXT_INLINE vf select(vi condition, vf yes, vf no) { return condition ? yes : 
 JAXEXT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 JAXEXT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
+// As XLA's maximum and minimum: NaN wins, and +0 is above -0.
+JAXEXT_INLINE vf larger(vf a, vf b) {
+  const vf best = select(a == b, (vf)((vi)a & (vi)b), select(a > b, a, b));
+  return select(a != a, a, best);
+}
+JAXEXT_INLINE vf smaller(vf a, vf b) {
+  const vf best = select(a == b, (vf)((vi)a | (vi)b), select(a < b, a, b));
+  return select(a != a, a, best);
+}
+
 JAXEXT_INLINE float reduce_add(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);

@@ -35,9 +35,9 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-_EXCHANGED = (TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS, GATHER, SCATTER, MAX_POOL, MAX_POOL_GRADIENT)
-_PRIMITIVES = (DOT, DEPTHWISE, DEPTHWISE_GRADIENT, *_EXCHANGED)
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES)
+_PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
+_WINDOWS_AND_ROWS = (DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT, GATHER, SCATTER)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS_AND_ROWS)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

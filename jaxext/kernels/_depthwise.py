@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["DEPTHWISE", "DEPTHWISE_GRADIENT", "Window", "depthwise_gains"]
 
@@ -36,6 +36,10 @@ class Window:
     dilation: tuple[int, int] = (1, 1)
     base: tuple[int, int] = (1, 1)
     low: tuple[int, int] = (0, 0)
+
+    def turned(self, shape: tuple[int, int]) -> Window:
+        """With taps as places and places as taps, of which there are `shape`."""
+        return dataclasses.replace(self, shape=shape, stride=self.dilation, dilation=self.stride)
 
     def padding(self, size: Sequence[int], taps: Sequence[int]) -> list[tuple[int, int]]:
         """The padding of x that makes exactly `shape` places."""
@@ -88,18 +92,7 @@ def _result_attributes(*, window: Window) -> Mapping[str, Any]:
 
 def _gradient_attributes(*, window: Window) -> Mapping[str, Any]:
     # To the kernel, the places of the cotangent are the places, and the taps what is asked for.
-    turned = dataclasses.replace(window, stride=window.dilation, dilation=window.stride)
-    return _result_attributes(window=turned)
-
-
-def _shared(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("shared",) * n_operands
-
-
-class _Images(Op):
-    def leading(self, aval: Any, **params: Any) -> int:
-        # No batch: over several devices XLA's own convolution, which it knows how to divide.
-        return 0
+    return _result_attributes(window=window.turned(window.shape))
 
 
 def _spec(name: str, x: tuple[int, ...], window: Window, other: tuple[int, ...]) -> ArgSpec:
@@ -114,8 +107,7 @@ def _specs(gradient: bool) -> tuple[ArgSpec, ...]:
         places = (x[0], *window.shape, x[3])
         if not gradient:
             return _spec(name, x, window, (*taps, x[3]))
-        turned = dataclasses.replace(window, shape=taps, stride=window.dilation, dilation=window.stride)
-        return _spec(name, x, turned, places)
+        return _spec(name, x, window.turned(taps), places)
 
     return (
         row("3 x 3", (2, 6, 9, 33), (3, 3), Window((6, 9), low=(1, 1))),
@@ -128,25 +120,21 @@ def _specs(gradient: bool) -> tuple[ArgSpec, ...]:
     )
 
 
-DEPTHWISE = _Images(
+DEPTHWISE = Op(
     "depthwise",
     _depthwise,
     target="depthwise",
-    core_rank=0,
-    roles=_shared,
+    core_rank=None,  # over several devices XLA's own, which it knows how to divide
     attributes=_result_attributes,
     refuses=_refuses,
-    needs_batch=True,
     specs=_specs(gradient=False),
 )
-DEPTHWISE_GRADIENT = _Images(
+DEPTHWISE_GRADIENT = Op(
     "depthwise_gradient",
     _gradient,
     target="depthwise_gradient",
-    core_rank=0,
-    roles=_shared,
+    core_rank=None,  # over several devices XLA's own, which it knows how to divide
     attributes=_gradient_attributes,
     refuses=_refuses,
-    needs_batch=True,
     specs=_specs(gradient=True),
 )

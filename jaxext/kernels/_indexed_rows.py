@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxext.kernels._element import ORDERED
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels._op import ArgSpec, Op
 
 __all__ = ["GATHER", "SCATTER", "SCATTER_KINDS", "filler", "gather_gains", "scatter_gains"]
 
@@ -124,16 +124,6 @@ def _scatter_attributes(*, kind: str, clips: bool) -> Mapping[str, Any]:
     return {"clips": clips, "kind": np.int64(SCATTER_KINDS.index(kind))}
 
 
-def _shared(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("shared",) * n_operands
-
-
-class _Rows(Op):
-    def leading(self, aval: Any, **params: Any) -> int:
-        # No batch: over several devices XLA's own gather and scatter, which it knows how to divide.
-        return 0
-
-
 def _spec(
     name: str, table: tuple[int, ...], indices: tuple[int, ...], params: Mapping[str, Any], *, updates: bool = False
 ) -> ArgSpec:
@@ -146,15 +136,13 @@ def _spec(
     return ArgSpec(name, make, params)
 
 
-GATHER = _Rows(
+GATHER = Op(
     "gather_rows",
     _gather,
     target="gather_rows",
-    core_rank=0,
-    roles=_shared,
+    core_rank=None,  # over several devices XLA's own, which it knows how to divide
     attributes=_gather_attributes,
     refuses=_refuses_gather,
-    needs_batch=True,
     specs=(
         _spec("rows", (50, 33), (70, 1), {"fill": None}),
         _spec("filled", (50, 4, 8), (3, 9, 1), {"fill": filler("float32", 0)}),
@@ -163,15 +151,13 @@ GATHER = _Rows(
         _spec("no indices", (5, 9), (0, 1), {"fill": None}),
     ),
 )
-SCATTER = _Rows(
+SCATTER = Op(
     "scatter_rows",
     _scatter,
     target="scatter_rows",
-    core_rank=0,
-    roles=_shared,
+    core_rank=None,  # over several devices XLA's own, which it knows how to divide
     attributes=_scatter_attributes,
     refuses=_refuses_scatter,
-    needs_batch=True,
     aliases={0: 0},
     specs=(
         _spec("added", (20, 33), (300, 1), {"kind": "add", "clips": False}, updates=True),

@@ -62,9 +62,10 @@ class Op:
       name: the op's name.
       reference: (*operands, **params) -> outputs, in plain JAX. None for a backward op, whose reference `derive` makes.
       target: the FFI target without its `jaxext_` prefix.
-      core_rank: dimensions of operand 0 that are the op's own, or (**params) -> them; those before are the batch.
+      core_rank: dimensions of operand 0 that are the op's own, or (**params) -> them; those before are the batch. None:
+        all are, whatever the rank; a program that spans devices, and a mapped call, then run the reference.
       attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays); none where not given.
-      roles: (n_operands, **params) -> one Role per operand; "full" for all where not given.
+      roles: (n_operands, **params) -> one Role per operand; where not given "full" for all, "shared" without a batch.
       refuses: (*avals, **params) -> None where the kernel takes the call, else the reason (the reference runs).
       check: (*avals, **params) -> None; raises TypeError or ValueError that names the argument, what was expected and
         the remedy. Run when the op is traced.
@@ -80,9 +81,9 @@ class Op:
         reference: Reference | None,
         *,
         target: str,
-        core_rank: int | Callable[..., int],
+        core_rank: int | Callable[..., int] | None,
         attributes: Callable[..., Mapping[str, Any]] = lambda **_: {},
-        roles: Callable[..., Sequence[Role]] = lambda n_operands, **_: ("full",) * n_operands,
+        roles: Callable[..., Sequence[Role]] | None = None,
         refuses: Callable[..., str | None],
         check: Callable[..., None] | None = None,
         specs: Sequence[ArgSpec] = (),
@@ -90,9 +91,11 @@ class Op:
         aliases: Mapping[int, int] | None = None,
     ) -> None:
         self.name, self.target, self.specs = name, f"jaxext_{target}", tuple(specs)
-        self.attributes, self.roles, self.check = attributes, roles, check
+        own: Role = "full" if core_rank is not None else "shared"
+        self.roles = roles or (lambda n_operands, **_: (own,) * n_operands)
+        self.attributes, self.check = attributes, check
         self.core_rank, self.aliases = core_rank, dict(aliases or {})
-        self._refuses, self._needs_batch = refuses, needs_batch
+        self._refuses, self._needs_batch = refuses, needs_batch or core_rank is None
         self._reference = reference
         self.backward: Op | None = None
         self.outputs: tuple[int, ...] = (0,)
@@ -124,7 +127,7 @@ class Op:
     def leading(self, aval: Any, **params: Any) -> int:
         """The number of batch dimensions, read off the first operand."""
         own = self.core_rank(**params) if callable(self.core_rank) else self.core_rank
-        return len(aval.shape) - own
+        return 0 if own is None else len(aval.shape) - own
 
     def _abstract(self, *avals: Any, **params: Any) -> Sequence[Any]:
         if self.check is not None:

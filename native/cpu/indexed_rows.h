@@ -1,5 +1,6 @@
 // Rows of an array by the numbers of its leading dimensions, as gather reads and scatter writes them.
 #pragma once
+#include "element.h"
 #include "isa.h"
 
 namespace jaxext {
@@ -24,7 +25,6 @@ struct GatherArgs {
 };
 
 enum class ScatterKind : int { add, max, min };
-enum class ScatterType : int { f32, bf16, i32 };
 
 struct ScatterArgs {
   RowNumbers numbers;
@@ -32,7 +32,7 @@ struct ScatterArgs {
   const void* updates;  // [count, width]
   int64_t rows, width;
   ScatterKind kind;
-  ScatterType type;
+  Element type;  // f32, bf16 or i32
 };
 
 }  // namespace jaxext

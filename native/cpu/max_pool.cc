@@ -88,12 +88,6 @@ void gradient_of(const MaxPoolArgs& a, const Parallel& par) {
   });
 }
 
-// As XLA's maximum: NaN wins, and +0 is above -0.
-JAXEXT_INLINE vf larger(vf a, vf b) {
-  const vf best = select(a == b, (vf)((vi)a & (vi)b), select(a > b, a, b));
-  return select(a != a, a, best);
-}
-
 template <class T>
 void forward_of(const MaxPoolArgs& a, const Parallel& par) {
   const int64_t size = a.columns.in * a.inner, n = a.rows.window * a.columns.window;

@@ -19,19 +19,12 @@ struct Add {
   static JAXEXT_INLINE vf step(vf a, vf b) { return a + b; }
   static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
 };
-// As XLA's maximum and minimum: NaN wins, and +0 is above -0.
 struct Max {
-  static JAXEXT_INLINE vf step(vf a, vf b) {
-    const vf larger = select(a == b, (vf)((vi)a & (vi)b), select(a > b, a, b));
-    return select(a != a, a, larger);
-  }
+  static JAXEXT_INLINE vf step(vf a, vf b) { return larger(a, b); }
   static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return a > b ? a : b; }
 };
 struct Min {
-  static JAXEXT_INLINE vf step(vf a, vf b) {
-    const vf smaller = select(a == b, (vf)((vi)a | (vi)b), select(a < b, a, b));
-    return select(a != a, a, smaller);
-  }
+  static JAXEXT_INLINE vf step(vf a, vf b) { return smaller(a, b); }
   static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return a < b ? a : b; }
 };
 
@@ -90,7 +83,8 @@ int64_t put_in_order(const Order& order, uint32_t* starts, uint32_t* places) {
   return before;
 }
 
-// Updates [first, last) of the order. `asks`: for lines ahead, which the hardware does not foresee. `sums`: room for one row, used where T is narrower than what is summed.
+// Updates [first, last) of the order. `asks`: for lines ahead, which the hardware does not foresee. `sums`: room for one
+// row, used where T is narrower than what is summed.
 template <class Kind, class T, class Sum>
 void some(const ScatterArgs& a, const Order order, bool asks, int64_t first, int64_t last, Sum* sums) {
   constexpr bool widens = sizeof(Sum) != sizeof(T);
@@ -159,8 +153,8 @@ void of_type(const ScatterArgs& a, const Parallel& par) {
 
 template <class Kind>
 void of_kind(const ScatterArgs& a, const Parallel& par) {
-  if (a.type == ScatterType::f32) return of_type<Kind, float, float>(a, par);
-  if (a.type == ScatterType::bf16) return of_type<Kind, bf16, float>(a, par);
+  if (a.type == Element::f32) return of_type<Kind, float, float>(a, par);
+  if (a.type == Element::bf16) return of_type<Kind, bf16, float>(a, par);
   of_type<Kind, int32_t, int32_t>(a, par);
 }
 
@@ -186,7 +180,7 @@ ffi::Error scatter_rows_handler(ffi::ThreadPool pool, ffi::AnyBuffer table, ffi:
   const auto dims = table.dimensions();
   const auto type = table.element_type();
   ScatterArgs a{};
-  if (!is_float(type) && type != ffi::DataType::S32)
+  if (!element_of(type, a.type) || (!is_float(type) && a.type != Element::i32))
     return bad_argument("scatter_rows", "table", "an array of float32, bfloat16 or int32");
   if (!row_numbers(dims, indices, clips, a.numbers) || a.numbers.count > INT32_MAX)
     return bad_argument("scatter_rows", "indices", "[..., 1 to 4], table being " + shape_text(dims));
@@ -200,9 +194,6 @@ ffi::Error scatter_rows_handler(ffi::ThreadPool pool, ffi::AnyBuffer table, ffi:
   a.rows = product(dims, 0, a.numbers.depth);
   a.width = product(dims, a.numbers.depth, dims.size());
   a.kind = static_cast<ScatterKind>(kind);
-  a.type = type == ffi::DataType::F32    ? ScatterType::f32
-           : type == ffi::DataType::BF16 ? ScatterType::bf16
-                                         : ScatterType::i32;
   if (a.numbers.count > 0 && a.rows > 0 && a.width > 0) JAXEXT_DISPATCH(scatter_rows)(a, parallel(pool));
   return ffi::Error::Success();
 }

@@ -72,10 +72,8 @@ def depthwise(gradient, images, size, taps, channels, stride, dilation, low):
     reach = [n + 2 * low - (k - 1) * dilation for n, k in zip(size, taps)]
     places = tuple(max(1, (n - 1) // stride + 1) for n in reach)  # XLA knows no window without any
     window = _depthwise.Window(places, (stride,) * 2, (dilation,) * 2, low=(low, low))
-    if gradient:
-        window = _depthwise.Window(taps, window.dilation, window.stride, low=(low, low))
     other = (images, *places, channels) if gradient else (*taps, channels)
-    return _depthwise._spec("", (images, *size, channels), window, other)
+    return _depthwise._spec("", (images, *size, channels), window.turned(taps) if gradient else window, other)
 
 
 def depthwise_specs(gradient):
