@@ -27,6 +27,8 @@ MOST_TAPS = 49  # of a window that becomes patches: each is a slice of the progr
 
 
 def _choose(eqn: Any) -> Expression | None:
+    if any(compat.explicit_sharding(var.aval) for var in eqn.invars):
+        return None
     return depthwise.choose(eqn) or _dense(eqn)
 
 
@@ -35,8 +37,6 @@ def _dense(eqn: Any) -> Expression | None:
     params = eqn.params
     plain = params["feature_group_count"] == params["batch_group_count"] == 1
     if not plain or x.dtype.name not in ("float32", "bfloat16") or w.dtype != x.dtype:
-        return None
-    if compat.explicit_sharding(x) or compat.explicit_sharding(w):
         return None
     numbers = params["dimension_numbers"]
     image = [x.shape[d] for d in numbers.lhs_spec[2:]]

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from ... import _jax_compat as compat
 from ...kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT, Window, depthwise_gains
 from ..exchange import Expression
 
@@ -18,8 +17,6 @@ def choose(eqn: Any) -> Expression | None:
     params, (x, other) = eqn.params, (var.aval for var in eqn.invars)
     numbers, out = params["dimension_numbers"], eqn.outvars[0].aval
     if len(x.shape) not in (3, 4) or params["preferred_element_type"] not in (None, x.dtype):
-        return None
-    if compat.explicit_sharding(x) or compat.explicit_sharding(other):
         return None
     last = len(x.shape) - 1
     places = tuple(range(1, last))
