@@ -1,4 +1,4 @@
-"""What the tests of exchanged primitives share: any bits, equal bits, and proof that the kernel is called."""
+"""What the tests of exchanged primitives share: operands, equal bits, errors, and proof that the kernel is called."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,44 @@ import jaxext
 from jaxext.kernels._element import ORDERED as DTYPES
 from jaxext.kernels._op import native_status
 
-__all__ = ["DTYPES", "any_bits", "assert_exchanged", "assert_same", "bits", "calls", "needs_kernels"]
+__all__ = [
+    "DTYPES",
+    "any_bits",
+    "arrays",
+    "assert_exact",
+    "assert_exchanged",
+    "assert_same",
+    "bits",
+    "calls",
+    "details",
+    "needs_kernels",
+]
 
 needs_kernels = pytest.mark.skipif(bool(native_status()), reason="no native kernels here")
+
+
+def arrays(*shapes, dtype="float32"):
+    """Normally distributed ones, the same in every run."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def details(kernel, function, *args):
+    """How `kernel` stands in each place where it replaces something."""
+    report = jaxext.explain(function)(*args).to_dict()["replaced"]
+    return [entry["detail"] for entry in report if entry["kernel"] == kernel]
+
+
+def assert_exact(function, *args, in_float64=None):
+    """Errors against float64 at most twice stock's and four roundings; `in_float64`: the function there, if another."""
+    ours, stock = jaxext.accelerate(function)(*args), jax.jit(function)(*args)
+    with jax.enable_x64(True):
+        exact = jax.jit(in_float64 or function)(*jax.tree.map(lambda x: np.asarray(x, np.float64), args))
+    for mine, theirs, true in zip(*map(jax.tree.leaves, (ours, stock, exact)), strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        true = np.asarray(true)
+        error, allowed = (np.abs(np.asarray(x, np.float64) - true).max(initial=0) for x in (mine, theirs))
+        assert error <= 2 * allowed + 4 * float(jnp.finfo(mine.dtype).eps) * np.abs(true).max(initial=0)
 
 
 def bits(x):

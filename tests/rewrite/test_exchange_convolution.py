@@ -2,30 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from exchanged import arrays, assert_exact, details
 
 import jaxext
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-def arrays(*shapes, dtype="float32"):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
 def assert_replaced(function, detail, *args, times=1):
-    """Written as `detail` says, `times`; errors against float64 at most twice stock's and four roundings."""
-    report = jaxext.explain(function)(*args).to_dict()["replaced"]
-    assert [entry["detail"] for entry in report if entry["kernel"] == "convolution"] == [detail] * times
-    ours, stock = jaxext.accelerate(function)(*args), jax.jit(function)(*args)
-    with jax.enable_x64(True):
-        exact = jax.jit(function)(*(np.asarray(x, np.float64) for x in args))
-    for mine, theirs, true in zip(*map(jax.tree.leaves, (ours, stock, exact)), strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        error, allowed = (np.abs(np.asarray(x, np.float64) - np.asarray(true)).max() for x in (mine, theirs))
-        assert error <= 2 * allowed + 4 * float(jnp.finfo(mine.dtype).eps) * np.abs(true).max()
+    """Written as `detail` says, `times`, and exact."""
+    assert details("convolution", function, *args) == [detail] * times
+    assert_exact(function, *args)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

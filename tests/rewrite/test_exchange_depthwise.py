@@ -5,17 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exchanged import bits, calls, needs_kernels
+from exchanged import arrays, assert_exact, bits, calls, needs_kernels
 
 import jaxext
 
 pytestmark = needs_kernels
 NHWC, NWC = ("NHWC", "HWIO", "NHWC"), ("NWC", "WIO", "NWC")
-
-
-def arrays(*shapes, dtype="float32"):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
 def depthwise(strides, padding, dilation=1, numbers=NHWC):
@@ -36,17 +31,6 @@ def everything(forward):
         return result, *pull(cotangent)
 
     return run
-
-
-def assert_exact(function, *args):
-    """Errors against float64 at most twice stock's and four roundings."""
-    ours, stock = jaxext.accelerate(function)(*args), jax.jit(function)(*args)
-    with jax.enable_x64(True):
-        exact = [np.asarray(y) for y in jax.jit(function)(*(np.asarray(x, np.float64) for x in args))]
-    for mine, theirs, true in zip(ours, stock, exact, strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        error, allowed = (np.abs(np.asarray(x, np.float64) - true).max() for x in (mine, theirs))
-        assert error <= 2 * allowed + 4 * float(jnp.finfo(mine.dtype).eps) * np.abs(true).max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

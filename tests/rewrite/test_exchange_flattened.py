@@ -4,21 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exchanged import arrays, assert_exact, details
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxext
 
 DETAIL = "summed dimensions as one"
-
-
-def arrays(*shapes, dtype="float32"):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
-def details(function, *args):
-    report = jaxext.explain(function)(*args).to_dict()["replaced"]
-    return [entry["detail"] for entry in report if entry["kernel"] == "matmul"]
 
 
 def products(function, *args):
@@ -34,19 +25,13 @@ def test_a_dense_layers_gradient(leading):
     def gradients(x, w, cotangent):
         return jax.vjp(lambda x, w: x @ w, x, w)[1](cotangent)
 
-    assert details(gradients, x, w, cotangent) == [DETAIL]
+    assert details("matmul", gradients, x, w, cotangent) == [DETAIL]
     rows = int(np.prod(leading))
     assert (
         sum(f"(tensor<{rows}x40xf32>, tensor<{rows}x24xf32>)" in line for line in products(gradients, x, w, cotangent))
         == 1
     )
-    ours, stock = jaxext.accelerate(gradients)(x, w, cotangent), jax.jit(gradients)(x, w, cotangent)
-    with jax.enable_x64(True):
-        exact = [np.asarray(g) for g in gradients(*(np.asarray(a, np.float64) for a in (x, w, cotangent)))]
-    for mine, theirs, true in zip(ours, stock, exact, strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        error, allowed = (np.abs(np.asarray(a, np.float64) - true).max(initial=0) for a in (mine, theirs))
-        assert error <= 2 * allowed + 4 * np.finfo(np.float32).eps * np.abs(true).max(initial=0)
+    assert_exact(gradients, x, w, cotangent)
 
 
 def test_precision_and_result_type_are_kept():
@@ -56,7 +41,7 @@ def test_precision_and_result_type_are_kept():
         contracted = (((0, 1), (0, 1)), ((), ()))
         return jax.lax.dot_general(x, y, contracted, precision="highest", preferred_element_type=jnp.float32)
 
-    assert details(product, x, y) == [DETAIL]
+    assert details("matmul", product, x, y) == [DETAIL]
     (line,) = products(product, x, y)
     assert line.count("HIGHEST") == 2
     with jax.enable_x64(True):
@@ -76,7 +61,7 @@ def test_precision_and_result_type_are_kept():
     ids=["one dimension", "crossed", "not leading", "more features", "a batch"],
 )
 def test_what_xla_computes_well_stays(shapes, numbers):
-    assert details(lambda x, y: jax.lax.dot_general(x, y, numbers), *arrays(*shapes)) == []
+    assert details("matmul", lambda x, y: jax.lax.dot_general(x, y, numbers), *arrays(*shapes)) == []
 
 
 def test_over_several_devices_or_on_another_platform_it_stays_as_it_was():
@@ -98,5 +83,5 @@ def test_over_several_devices_or_on_another_platform_it_stays_as_it_was():
 def test_it_is_switched_off_with_the_other_products():
     x, y = arrays((4, 6, 8), (4, 6, 10))
     product = lambda x, y: jnp.einsum("abc,abd->cd", x, y)  # noqa: E731
-    assert details(product, x, y) == [DETAIL]
-    assert details(jaxext.accelerate(product, exclude="matmul"), x, y) == []
+    assert details("matmul", product, x, y) == [DETAIL]
+    assert details("matmul", jaxext.accelerate(product, exclude="matmul"), x, y) == []

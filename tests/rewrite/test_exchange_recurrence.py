@@ -5,22 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exchanged import arrays, assert_exact, details
 from flax import nnx
 
 import jaxext
 from jaxext import _jax_compat as compat
 
 BATCH, STEPS, FEATURES = 4, 12, 16
-
-
-def arrays(*shapes, dtype="float32"):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
-def details(function, *args):
-    report = jaxext.explain(function)(*args).to_dict()["replaced"]
-    return [entry["detail"] for entry in report if entry["kernel"] == "recurrence"]
 
 
 def before_and_after(before, after):
@@ -41,17 +32,6 @@ def products_in_loops(function, *args):
         return total
 
     return count(function.trace(*args).jaxpr, False)
-
-
-def assert_exact(function, *args, in_float64=None):
-    """Errors against float64 at most twice stock's and four roundings."""
-    ours, stock = jaxext.accelerate(function)(*args), jax.jit(function)(*args)
-    with jax.enable_x64(True):
-        exact = jax.jit(in_float64 or function)(*jax.tree.map(lambda x: np.asarray(x, np.float64), args))
-    for mine, theirs, true in zip(*map(jax.tree.leaves, (ours, stock, exact)), strict=True):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        error, allowed = (np.abs(np.asarray(x, np.float64) - np.asarray(true)).max() for x in (mine, theirs))
-        assert error <= 2 * allowed + 4 * float(jnp.finfo(mine.dtype).eps) * np.abs(true).max()
 
 
 def simple(params, x, h):
@@ -101,7 +81,7 @@ def test_the_cells_of_linen(name):
     (x,) = arrays((BATCH, STEPS, FEATURES) if "first" not in name else (STEPS, BATCH, FEATURES))
     params = model.init(jax.random.key(0), x)
     step = gradients(model.apply)
-    assert len(details(step, params, x)) == 2
+    assert len(details("recurrence", step, params, x)) == 2
     # What waits for its turn: the state's product, and its cotangent's.
     waiting = {"LSTM": 8, "GRU": 6, "minimal gated unit": 4}.get(name, 2)
     assert products_in_loops(jaxext.accelerate(step), params, x) == waiting
@@ -144,7 +124,7 @@ def test_linen_with_lengths_and_in_both_directions():
         gradients(lambda params, x, dtype=dtype: bidirectional(dtype).apply(params, x, seq_lengths=lengths))
         for dtype in (jnp.float32, np.float64)
     )
-    assert len(details(step, params, x)) == 4
+    assert len(details("recurrence", step, params, x)) == 4
     assert_exact(step, params, x, in_float64=wide)
 
 
@@ -152,7 +132,7 @@ def test_linen_with_lengths_and_in_both_directions():
 def test_a_loop_by_hand(dtype):
     args = simple_arguments(dtype)
     step = gradients(simple)
-    assert details(step, *args) == [before_and_after(1, 0), before_and_after(0, 2)]
+    assert details("recurrence", step, *args) == [before_and_after(1, 0), before_and_after(0, 2)]
     assert_exact(step, *args)
 
 
@@ -170,20 +150,20 @@ def test_sums_in_float32_of_products_in_bfloat16_are_not_rounded_in_between():
 
         return gradients(forward)
 
-    assert details(narrow(jnp.bfloat16), params, x, h) == [before_and_after(1, 0), before_and_after(0, 2)]
+    assert details("recurrence", narrow(jnp.bfloat16), params, x, h) == [before_and_after(1, 0), before_and_after(0, 2)]
     assert_exact(narrow(jnp.bfloat16), params, x, h, in_float64=narrow(np.float64))
 
 
 def test_in_vmap_checkpoint_and_another_loop():
     params, x, h = simple_arguments()
     step = jax.vmap(gradients(jax.checkpoint(simple)), in_axes=(None, 0, 0))
-    assert len(details(step, params, x[None], h[None])) >= 1
+    assert len(details("recurrence", step, params, x[None], h[None])) >= 1
     assert_exact(step, params, x[None], h[None])
 
     def twice(params, x, h):
         return jax.lax.scan(lambda h, _: (simple(params, x, h)[-1], None), h, None, length=2)[0]
 
-    assert len(details(gradients(twice), params, x, h)) == 2
+    assert len(details("recurrence", gradients(twice), params, x, h)) == 2
     assert_exact(gradients(twice), params, x, h)
 
 
@@ -201,7 +181,7 @@ def test_order_and_unrolling_are_kept(reverse, unroll):
         zeros = jnp.ones((FEATURES, FEATURES))
         return jax.lax.scan(step, (start, zeros), x, reverse=reverse, unroll=unroll)
 
-    assert details(forward, w, x, start) == [before_and_after(1, 2)]
+    assert details("recurrence", forward, w, x, start) == [before_and_after(1, 2)]
     assert_exact(forward, w, x, start)
 
 
@@ -214,7 +194,7 @@ def test_a_product_of_a_state_that_comes_as_a_slice_is_taken_from_the_slices():
 
         return jax.lax.scan(step, a, x)[0]
 
-    assert details(forward, a, x) == [before_and_after(0, 1)]
+    assert details("recurrence", forward, a, x) == [before_and_after(0, 1)]
     assert_exact(forward, a, x)
 
 
@@ -267,14 +247,14 @@ def a_printing_loop(a, x):
 )
 def test_what_has_to_wait_stays(function):
     a, x = arrays((FEATURES, FEATURES), (STEPS, BATCH, FEATURES))
-    assert details(function, a, x) == []
+    assert details("recurrence", function, a, x) == []
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(7, 4), (12, 1024)], ids=["few steps", "many rows a step"])
 def test_what_is_as_fast_in_the_loop_stays(steps, rows):
     params, _, _ = simple_arguments()
     x, h = arrays((steps, rows, FEATURES), (rows, FEATURES))
-    assert details(gradients(simple), params, x, h) == []
+    assert details("recurrence", gradients(simple), params, x, h) == []
 
 
 def test_accumulated_gradients_of_large_batches_stay_so_that_memory_does():
@@ -286,7 +266,7 @@ def test_accumulated_gradients_of_large_batches_stay_so_that_memory_does():
 
         return jax.lax.scan(step, jnp.zeros_like(w), x)[0]
 
-    assert details(accumulated, w, x) == []
+    assert details("recurrence", accumulated, w, x) == []
 
 
 def test_a_product_that_would_stack_far_more_than_the_loop_does_stays():
@@ -298,7 +278,7 @@ def test_a_product_that_would_stack_far_more_than_the_loop_does_stays():
 
         return jax.lax.scan(step, jnp.zeros(()), x)[0]
 
-    assert details(forward, w, x) == []
+    assert details("recurrence", forward, w, x) == []
 
 
 def test_a_layer_scan_keeps_its_own_weights_inside():
@@ -307,7 +287,7 @@ def test_a_layer_scan_keeps_its_own_weights_inside():
     def forward(ws, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
-    assert details(gradients(forward), ws, x) == []
+    assert details("recurrence", gradients(forward), ws, x) == []
 
 
 def test_it_is_switched_off_by_name():
