@@ -30,6 +30,7 @@ try:
         checkify,
         config,
         core,
+        custom_derivatives,
         dispatch,
         distributed,
         pjit,
@@ -37,6 +38,7 @@ try:
         traceback_util,
     )
     from jax._src import linear_util as lu
+    from jax._src.interpreters import ad
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
     from jax._src.named_sharding import UnspecifiedValue
@@ -358,17 +360,70 @@ def user_name(fun: Any) -> str:
     return getattr(fun, "__name__", type(fun).__name__)
 
 
-def trace(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], *, like: Any = None, name: str = "jaxext") -> Any:
+def trace(
+    fun: Callable[..., Sequence[Any]],
+    avals: Sequence[Any],
+    like: Any = None,
+    name: str = "jaxext",
+    before_differentiation: bool = False,
+) -> Any:
     """The jaxpr of a function of flat arguments, types taken exactly (weak types, varying axes, mutable arrays).
 
     `like`: a jaxpr whose argument names and source the result carries, for JAX's error messages.
+    `before_differentiation`: forward rules written by hand run now, in place of what they differentiate.
     """
     if like is None:
         debug_info = api_util.debug_info(name, fun, tuple(avals), {})
     else:
         debug_info = open_jaxpr(like)[0].debug_info
-    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
+
+    def traced(*args: Any) -> Any:
+        if before_differentiation:
+            core.trace_ctx.trace.__class__ = _BeforeDifferentiation
+        return fun(*args)
+
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(traced, debug_info=debug_info), list(avals))
     return jex_core.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _BeforeDifferentiation(pe.DynamicJaxprTrace):
+    """As JAX where it differentiates, it runs the rule of a `custom_vjp`, and what it does in Python, at its call."""
+
+    __slots__ = ()
+
+    def process_custom_vjp_call(self, prim: Any, fun: Any, fwd: Any, bwd: Any, tracers: Any, /, **params: Any) -> Any:
+        # Which tangents are zero, and what becomes of a mutable array, is not known before differentiation.
+        plain = not params["symbolic_zeros"] and not any(isinstance(core.typeof(x), AbstractRef) for x in tracers)
+        if plain and (traced := _forward_rule(fwd, tracers)):
+            rule, captured = traced
+            out_tree, res_tree, forwarded = params["out_trees"]()
+            residuals = forwarded.count(None)
+            shifted = [place if place is None else place + len(captured) for place in forwarded]
+            params["out_trees"] = functools.partial(tuple, (out_tree, res_tree, shifted))
+
+            def with_residuals(*pairs: Any) -> list[Any]:
+                if any(pairs[1 : 2 * len(captured) : 2]):
+                    raise ad.CustomVJPException()
+                return core.eval_jaxpr(rule, (), *pairs[::2])
+
+            fwd = lu.wrap_init(with_residuals, debug_info=rule.debug_info)
+            fun = lu.wrap_init(lambda *xs: core.eval_jaxpr(rule, (), *xs)[residuals:], debug_info=rule.debug_info)
+            bwd = custom_derivatives._handle_consts_in_bwd(bwd, [core.typeof(x) for x in captured])
+            tracers = (*captured, *tracers)
+        return super().process_custom_vjp_call(prim, fun, fwd, bwd, tracers, **params)
+
+
+def _forward_rule(fwd: Any, operands: Sequence[Any]) -> tuple[Any, Sequence[Any]] | None:
+    """The traced rule and what it captures, its first operands; None where it raises, for JAX may never call it."""
+    info = fwd.debug_info.with_unknown_names()
+    rule = lu.wrap_init(lambda *xs: fwd.call_wrapped(*(y for x in xs for y in (x, True))), debug_info=info)
+    try:
+        jaxpr, _, captured = pe.trace_to_jaxpr_dynamic(rule, [core.typeof(x) for x in operands])
+    except jax.errors.JAXTypeError:  # it looks at values: so does the function that is traced
+        raise
+    except Exception:
+        return None
+    return pe.convert_constvars_jaxpr(jaxpr), captured
 
 
 def in_types(jaxpr: Any) -> list[Any]:

@@ -99,7 +99,8 @@ def rewritten(fun: Callable[..., Any], settings: Settings, *, whole_step: bool) 
 
         arrays = [leaves[number] for number in traced]
         try:
-            closed = compat.trace(flat, [jax.typeof(array) for array in arrays], name=compat.user_name(fun))
+            avals = [jax.typeof(array) for array in arrays]
+            closed = compat.trace(flat, avals, name=compat.user_name(fun), before_differentiation=not whole_step)
         except CONCRETE as error:
             # Python that looks at values works outside jit only; there the function is called once more.
             if not any(map(compat.is_concrete, arrays)):
