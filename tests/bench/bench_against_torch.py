@@ -18,7 +18,7 @@ PROGRAM = HERE.parents[1] / "compat" / "programs" / "gpt_nnx.py"
 
 def step_time(command: list[str], warm: int) -> float:
     """Median milliseconds of a program's steps after the first `warm`."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
     times = [float(found) for found in re.findall(r"ms ([\d.]+)", done.stdout)]
@@ -36,7 +36,7 @@ def main() -> None:
     sizes = ["--sequence", str(options.sequence), "--dtype", options.dtype, "--steps", str(options.steps)]
     torch_gpt = [options.torch_python, str(HERE / "torch_gpt.py"), *sizes]
     sides = {
-        "jaxext, as run": [sys.executable, "-P", "-m", "jaxext", "run", str(PROGRAM), *sizes],
+        "jaxext, as run": [sys.executable, "-m", "jaxext", "run", str(PROGRAM), *sizes],
         "stock JAX": [sys.executable, str(PROGRAM), *sizes],
         "torch, eager": torch_gpt,
         "torch, compiled": [*torch_gpt, "--compile"],
