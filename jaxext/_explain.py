@@ -13,13 +13,14 @@ import jax
 from . import _jax_compat as compat
 from . import _memory, _settings
 from ._check import copied, has_nnx
+from .kernels import _platform
 from .rewrite import hooks
 from .rewrite.report import Report, collecting
 
 _probes = itertools.count(1)
 
 
-def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
+def explain(fn: Callable[..., Any], *, platform: str | None = None) -> Callable[..., Report]:
     """A function of `fn`'s arguments that says what jaxext replaces in `fn`, what it nearly would, and what falls back.
 
     `fn` is traced, not run: no step is taken, nothing is donated, and the state of flax.nnx objects is left as it was.
@@ -27,12 +28,22 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
     are passed as they are. Only a plain function whose Python looks at array values cannot be traced: it is run once,
     on copies, and a note in the report says so.
 
+    Args:
+      fn: the function.
+      platform: "cpu", "cuda", "rocm" or "tpu": what would be replaced there, as far as this machine can tell (without
+        cuDNN there is none for attention). None: the platform that JAX runs `fn` on here.
+
     Raises:
       TypeError: `fn` is not callable.
+      ValueError: an unknown platform.
       whatever `fn` raises while it is traced.
     """
     if not callable(fn):
         raise TypeError(f"explain: fn is {fn!r}, expected a callable. Call it as jaxext.explain(step)(*args).")
+
+    if platform is not None and platform not in _platform.NAMES:
+        names = ", ".join(map(repr, _platform.NAMES))
+        raise ValueError(f"explain: platform is {platform!r}, expected one of {names}, or None for JAX's default.")
 
     @functools.wraps(fn)
     def explained(*args: Any, **kwargs: Any) -> Report:
@@ -44,7 +55,8 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
         settings = _settings.Settings(probe=next(_probes)).inside(environment).inside(_settings.current())
         token = _Token()
         status = hooks.activate(relying=token)
-        with collecting(report), _settings.use(settings):
+        with collecting(report), _settings.use(settings), _platform.assuming(platform):
+            report.notes += _about(_platform.foreseen())
             _trace(fn, args, kwargs, report)
         if status.reason:
             report.notes.append(status.reason)
@@ -54,6 +66,10 @@ def explain(fn: Callable[..., Any]) -> Callable[..., Report]:
         return report
 
     return explained
+
+
+def _about(platform: str) -> list[str]:
+    return [] if platform == "cpu" else [f"for platform {platform}: where it has no kernel, XLA's own code stays"]
 
 
 class _Token:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 import threading
@@ -36,6 +37,7 @@ try:
         pjit,
         source_info_util,
         traceback_util,
+        xla_bridge,
     )
     from jax._src import linear_util as lu
     from jax._src.interpreters import ad
@@ -94,6 +96,26 @@ def lower_with_devices(primitive: Any) -> None:
 def lowers_for_export(ctx: Any) -> bool:
     """True where the lowering with this context is for `jax.export`."""
     return ctx.module_context.lowering_parameters.for_export
+
+
+def default_platform() -> str:
+    """The platform that JAX runs programs on unless told otherwise, as lowerings name it ("cuda", not "gpu").
+
+    JAX is not started for it on a machine where that can only be the CPU.
+    """
+    if not xla_bridge.backends_are_initialized() and importlib.util.find_spec("jax_plugins") is None:
+        return "cpu"
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return xla_bridge.canonicalize_platform(name) if name == "gpu" else name
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the first CUDA device, such as (9, 0); None where JAX has none."""
+    if default_platform() != "cuda":
+        return None
+    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def runs_op_by_op() -> bool:
@@ -424,6 +446,12 @@ def _forward_rule(fwd: Any, operands: Sequence[Any]) -> tuple[Any, Sequence[Any]
     except Exception:
         return None
     return pe.convert_constvars_jaxpr(jaxpr), captured
+
+
+def without_dead_code(closed: Any) -> Any:
+    """A closed jaxpr without the equations that nothing needs, of the same type."""
+    jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return jex_core.ClosedJaxpr(jaxpr, closed.consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def in_types(jaxpr: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """The kernels: public functions, their refusals, and every op for the conformance tests and benchmarks."""
 
+from jaxext.kernels import _attention_cudnn as _attention_cudnn
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal
 from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY

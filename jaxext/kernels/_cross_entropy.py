@@ -12,8 +12,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import mlir
 
-from jaxext.kernels._op import ArgSpec, Op, derive
+from jaxext.kernels._op import ArgSpec, Op, derive, relaxed
 
 __all__ = ["OPS", "OutOfRange", "softmax_cross_entropy", "softmax_cross_entropy_refusal"]
 
@@ -185,6 +186,41 @@ LABELS_BACKWARD_IN_PLACE = Op(
     attributes=_label_attributes, refuses=_refuses_labels, aliases={0: 0},
 )  # fmt: skip
 derive(LABELS, LABELS_BACKWARD, saved=(1,))
+
+
+def _label_gradient(
+    logits: jax.Array,
+    labels: jax.Array,
+    kept: jax.Array,
+    cotangent: jax.Array,
+    *,
+    wrt: tuple[int, ...],
+    label_smoothing: float,
+    out_of_range: OutOfRange,
+    **_: Any,
+) -> tuple[jax.Array]:
+    """The gradient element by element, which XLA fuses; the derivative of indexing would be a scatter of its own."""
+    classes, wide = logits.shape[-1], _wide(logits)
+    share = jnp.exp(wide - kept[..., :1].astype(wide.dtype) - kept[..., 1:].astype(wide.dtype))
+    label = labels if out_of_range == "zero" else jnp.where(labels < 0, labels + classes, labels)
+    hit = jax.lax.broadcasted_iota(label.dtype, logits.shape, logits.ndim - 1) == label[..., None]
+    target = jnp.where(hit, 1.0 - label_smoothing, 0.0) + label_smoothing / classes
+    if out_of_range == "zero":
+        known = (label >= 0) & (label < classes)
+        share = share * (jnp.where(known, 1.0 - label_smoothing, 0.0) + label_smoothing)[..., None]
+    return (((share - target) * cotangent[..., None].astype(wide.dtype)).astype(logits.dtype),)
+
+
+def _lower_gradient(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+    def run(*xs: jax.Array) -> tuple[jax.Array]:
+        with relaxed():
+            return _label_gradient(*xs, **params)
+
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
+
+
+for _op in (LABELS_BACKWARD, LABELS_BACKWARD_IN_PLACE):
+    mlir.register_lowering(_op.primitive, _lower_gradient)
 derive(TARGETS, TARGETS_BACKWARD, saved=(1, 2))
 OPS = (LABELS, TARGETS)
 

@@ -99,7 +99,7 @@ def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
 
 class _Dot(Op):
     def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
-        refused = self.refusal(*ctx.avals_in, **params) is not None or _export.leaves_kernels_out(ctx)
+        refused = self.refusal(*ctx.avals_in, platform="cpu", **params) is not None or _export.leaves_kernels_out(ctx)
         # Over several devices XLA's own dot: it knows how to divide one.
         if refused or _sharding.spans_devices(ctx):
             return self._lower(ctx, *args, **params)

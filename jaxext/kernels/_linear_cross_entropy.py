@@ -5,7 +5,7 @@ and they are gone, so that memory falls from rows x classes to chunk x classes. 
 gradients are taken while its logits are there, as if every row's cotangent were 1 (Liger kernels, Hsu et al., 2024):
 a cotangent that is the same for every row, as of a mean, only scales them, and costs no more products than stock JAX.
 Any other cotangent makes the logits again (Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models",
-2024).
+2024). On other platforms than the CPU the same program is plain JAX, with larger chunks.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
+from jaxext.kernels import _platform
 from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD_IN_PLACE, OutOfRange, check_choices, int32_labels
-from jaxext.kernels._op import Op, Role, derive
+from jaxext.kernels._op import Op, Role, derive, relaxed
 from jaxext.kernels._product import matrix_product
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_refusal"]
@@ -36,6 +37,7 @@ class _Problem(NamedTuple):
     classes_first: bool
     label_smoothing: float
     out_of_range: OutOfRange
+    on_cpu: bool
 
     @property
     def wide(self) -> Any:
@@ -47,9 +49,15 @@ class _Problem(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        """How many chunks the rows make: logits of about 32 MiB and at most an eighth of all, 128 rows or more."""
+        """How many chunks the rows make.
+
+        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere a sixteenth, for
+        logits and their gradients are there at once, and 256 rows or more, for each chunk adds to all of the weight's
+        gradient.
+        """
         rows = self.x.shape[0]
-        return -(-rows // max(128, min(-(-rows // 8), 2**23 // self.classes))) if rows else 1
+        chunk = max(128, min(-(-rows // 8), 2**23 // self.classes)) if self.on_cpu else max(256, -(-rows // 16))
+        return -(-rows // chunk) if rows else 1
 
     @property
     def loss_params(self) -> dict[str, Any]:
@@ -84,12 +92,14 @@ class _Problem(NamedTuple):
         return (dweight, dbias), drows
 
 
-def _problem(operands: Sequence[jax.Array], extras: tuple[str, ...], uniform: bool, **choices: Any) -> _Problem:
+def _problem(
+    operands: Sequence[jax.Array], extras: tuple[str, ...], uniform: bool, on_cpu: bool = True, **choices: Any
+) -> _Problem:
     x, weight, labels = operands[:3]
     named = dict(zip(extras, operands[3:]))
     weights = named["weights"].reshape(-1) if "weights" in named else None
     flat = x.reshape(-1, x.shape[-1])
-    return _Problem(flat, weight, labels.reshape(-1), named.get("bias"), weights, **choices)
+    return _Problem(flat, weight, labels.reshape(-1), named.get("bias"), weights, on_cpu=on_cpu, **choices)
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
@@ -209,11 +219,23 @@ def _batch_sums(operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> 
 
 ad.primitive_jvps[PLAIN.primitive] = _jvp
 batching.primitive_batchers[EAGER.primitive] = _batch_sums
-for _op_with_program in (PLAIN_BACKWARD, EAGER_BACKWARD):
-    for _platform in (None, "cpu"):  # the reference, which derivatives of the backward use, is the plain transpose
-        mlir.register_lowering(
-            _op_with_program.primitive, mlir.lower_fun(_backward, multiple_results=True), platform=_platform
-        )
+
+
+def _lower_everywhere(op: Op, program: Any) -> None:
+    for name in (None, "cpu"):
+
+        def run(*operands: jax.Array, on_cpu: bool = name == "cpu", **params: Any) -> tuple[jax.Array, ...]:
+            with relaxed():
+                return program(*operands, on_cpu=on_cpu, **params)
+
+        mlir.register_lowering(op.primitive, mlir.lower_fun(run, multiple_results=True), platform=name)
+
+
+_lower_everywhere(PLAIN, _reference)
+_lower_everywhere(EAGER, _with_gradients)
+# The references of these, which derivatives of the backward use, are the plain transposes.
+_lower_everywhere(PLAIN_BACKWARD, _backward)
+_lower_everywhere(EAGER_BACKWARD, _backward)
 
 
 def linear_cross_entropy(
@@ -297,6 +319,8 @@ def _check(x: Any, weight: Any, labels: Any, bias: Any = None, weights: Any = No
 _LEAST_LOGITS = 2**21
 # In float32 XLA's own dots are as good over whole logits: chunks cost 8 to 25% there, and pay from 1 GiB of them.
 _FLOAT32_FACTOR = 2**7
+# 128 MiB in float32: not yet measured on a card, what is certain there is the memory.
+_LEAST_LOGITS_ELSEWHERE = 2**25
 
 
 def linear_cross_entropy_refusal(x: Any, weight: Any, labels: Any, bias: Any = None) -> str | None:
@@ -306,6 +330,10 @@ def linear_cross_entropy_refusal(x: Any, weight: Any, labels: Any, bias: Any = N
             return f"'{name}' is {aval.dtype}; the kernel takes float32 and bfloat16"
     rows = math.prod(x.shape[:-1])
     classes = math.prod(weight.shape) // max(x.shape[-1], 1)
+    if _platform.foreseen() != "cpu":
+        if rows * classes < _LEAST_LOGITS_ELSEWHERE:
+            return f"{rows} x {classes} logits are fewer than {_LEAST_LOGITS_ELSEWHERE}; they fit as a whole"
+        return None
     least = _LEAST_LOGITS * (_FLOAT32_FACTOR if x.dtype == jnp.float32 else 1)
     if rows * classes < least:
         return f"{rows} x {classes} {x.dtype} logits are fewer than {least}; making them whole is as fast"

@@ -1,7 +1,7 @@
 """An op: one JAX primitive with a reference, a native lowering, and every rule a transformation asks for.
 
-The reference (plain JAX) is the specification. From it come abstract evaluation, the lowering wherever the native
-kernel does not apply, forward-mode derivatives and the batching of what the kernel cannot batch.
+The reference (plain JAX) is the specification. From it come abstract evaluation, the lowering wherever no kernel
+applies, forward-mode derivatives and the batching of what the kernel cannot batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxext import _jax_compat
-from jaxext.kernels import _export, _native_module, _sharding
+from jaxext.kernels import _export, _native_module, _platform, _sharding
+from jaxext.kernels._platform import Lowering
 
 __all__ = ["ArgSpec", "Op", "Role", "derive", "native_status", "relaxed"]
 
@@ -66,7 +67,7 @@ class Op:
         all are, whatever the rank; a program that spans devices, and a mapped call, then run the reference.
       attributes: (**params) -> FFI attributes (NumPy scalars, strings, bools, arrays); none where not given.
       roles: (n_operands, **params) -> one Role per operand; where not given "full" for all, "shared" without a batch.
-      refuses: (*avals, **params) -> None where the kernel takes the call, else the reason (the reference runs).
+      refuses: (*avals, **params) -> None where the CPU kernel takes the call, else the reason (the reference runs).
       check: (*avals, **params) -> None; raises TypeError or ValueError that names the argument, what was expected and
         the remedy. Run when the op is traced.
       specs: what conformance tests and benchmarks run.
@@ -93,15 +94,16 @@ class Op:
         self.name, self.target, self.specs = name, f"jaxext_{target}", tuple(specs)
         own: Role = "full" if core_rank is not None else "shared"
         self.roles = roles or (lambda n_operands, **_: (own,) * n_operands)
-        self.attributes, self.check = attributes, check
-        self.core_rank, self.aliases = core_rank, dict(aliases or {})
-        self._refuses, self._needs_batch = refuses, needs_batch or core_rank is None
+        self.check, self.core_rank = check, core_rank
+        self._needs_batch = needs_batch or core_rank is None
         self._reference = reference
         self.backward: Op | None = None
         self.outputs: tuple[int, ...] = (0,)
         self.out_avals: Callable[..., Sequence[Any]] | None = None
         self.output_roles: Callable[..., Sequence[Role]] = lambda n_outputs, **_: ("full",) * n_outputs
         self.primitive = _primitive(f"jaxext_{name}", self._abstract, self._lower)
+        native = Lowering(self._native_refusal(refuses), None, self.target, attributes, dict(aliases or {}))
+        self.lowerings = {"cpu": native}
         mlir.register_lowering(self.primitive, self._lower_native, platform="cpu")
         _jax_compat.lower_with_devices(self.primitive)
         ad.primitive_jvps[self.primitive] = functools.partial(_reference_jvp, self)
@@ -120,9 +122,30 @@ class Op:
         with relaxed():
             return self._reference(*operands, **params)
 
-    def refusal(self, *avals: Any, **params: Any) -> str | None:
-        """None where the native kernel takes this call on CPU, else the reason why the reference runs."""
-        return native_status() or _native_module.lacks(self.target) or self._refuses(*avals, **params)
+    def on(self, platform: str, lowering: Lowering) -> None:
+        """Says what `platform` runs in the reference's place."""
+        self.lowerings[platform] = lowering
+        mlir.register_lowering(self.primitive, functools.partial(self._lower_as, lowering), platform=platform)
+
+    def refusal(self, *avals: Any, platform: str | None = None, **params: Any) -> str | None:
+        """None where `platform` has a kernel that takes this call, else the reason why the reference runs.
+
+        platform: None is the one that a program traced now will run on.
+        """
+        name = platform or _platform.foreseen()
+        found = self.lowerings.get(name)
+        return f"{self.name} has no kernel on {name}" if found is None else found.refuses(*avals, **params)
+
+    def how(self) -> str:
+        """What runs on the platform that a program traced now will run on; "" where the op's name says it."""
+        found = self.lowerings.get(_platform.foreseen())
+        return "" if found is None else found.how
+
+    def _native_refusal(self, refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+        def refusal(*avals: Any, **params: Any) -> str | None:
+            return native_status() or _native_module.lacks(self.target) or refuses(*avals, **params)
+
+        return refusal
 
     def leading(self, aval: Any, **params: Any) -> int:
         """The number of batch dimensions, read off the first operand."""
@@ -140,15 +163,21 @@ class Op:
         return mlir.lower_fun(lambda *xs: tuple(self.reference(*xs, **params)), multiple_results=True)(ctx, *args)
 
     def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
-        if self.refusal(*ctx.avals_in, **params) is not None or _export.leaves_kernels_out(ctx):
+        return self._lower_as(self.lowerings["cpu"], ctx, *args, **params)
+
+    def _lower_as(self, lowering: Lowering, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        if lowering.refuses(*ctx.avals_in, **params) is not None or _export.leaves_kernels_out(ctx):
             return self._lower(ctx, *args, **params)
         if _sharding.spans_devices(ctx):
             alone = self._needs_batch and self.leading(ctx.avals_in[0], **params) == 0
             if alone or _jax_compat.lowers_for_export(ctx):  # custom partitioning calls back into this process
                 return self._lower(ctx, *args, **params)
             return mlir.lower_fun(self._partitioned(ctx, params), multiple_results=True)(ctx, *args)
-        lowering = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self.aliases)
-        return lowering(ctx, *args, **self.attributes(**params))
+        if lowering.expression is not None:
+            run = functools.partial(lowering.expression, **params)
+            return mlir.lower_fun(lambda *xs: tuple(run(*xs)), multiple_results=True)(ctx, *args)
+        call = jax.ffi.ffi_lowering(lowering.target, operand_output_aliases=dict(lowering.aliases))
+        return call(ctx, *args, **lowering.attributes(**params))
 
     def _partitioned(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> Callable[..., Any]:
         avals: tuple[Any, ...] = (*ctx.avals_in, *ctx.avals_out)

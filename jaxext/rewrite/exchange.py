@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import _jax_compat as compat
 from .._settings import Settings
+from ..kernels import _platform
 from ..kernels._op import Op
 from . import written
 from .plan import HIGHER_ORDER, LOCATION, left_out
@@ -72,6 +73,8 @@ class _Walk:
         name = eqn.primitive.name
         wanted = self._wanted.get(name)
         chosen = wanted.choose(eqn) if wanted is not None and not left_out(wanted.kernel, eqn) else None
+        if isinstance(chosen, Expression) and _platform.foreseen() != "cpu":
+            chosen = None  # what XLA runs slowly on a CPU
         if wanted is None or chosen is None:
             if name not in HIGHER_ORDER:
                 return [eqn]

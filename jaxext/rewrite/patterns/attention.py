@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ...kernels._attention import attention_refusal
+from ...kernels._attention import ATTENTION, attention_refusal
 from ..axes import Axis, Splits, View, climb, contract, label, never, operand, operands, shrink, up
 from ..facts import Facts, source, widens
 from ..match import Match, NoMatch, Pattern
@@ -56,7 +56,7 @@ def match(root: Value, graph: Graph) -> Match:
         roots=(root,),
         inputs=call.inputs,
         call=call,
-        detail=call.detail,
+        detail=", ".join(filter(None, (call.detail, ATTENTION.how()))),
         refusal=_refusal(call),
     )
 

@@ -1,0 +1,208 @@
+"""Attention on CUDA: when cuDNN takes a call, what is lowered then, and that its pieces fit together.
+
+The numbers are those of the calls' emulation on the CPU; tests/gpu runs them on a card.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cudnn_emulated import emulated, found  # noqa: F401
+
+import jaxext
+from jaxext.kernels import _attention_cudnn, attention_op
+from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _bind
+from jaxext.kernels._attention_cudnn import cudnn_refusal
+
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+def shapes(queries=128, keys=None, heads=4, kv_heads=2, depth=64, value=None, dtype="bfloat16", batch=(2,)):
+    keys = keys or queries
+    made = ((queries, heads, depth), (keys, kv_heads, depth), (keys, kv_heads, value or depth))
+    return [jax.ShapeDtypeStruct((*batch, *shape), dtype) for shape in made]
+
+
+def refusal(*operands, capability=(9, 0), **options):
+    given, params = _bind(*operands, **options)
+    return cudnn_refusal(*given, **params, capability=capability)
+
+
+def array(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({}, {}),
+        ({}, {"band": (None, 0)}),
+        ({}, {"band": (-31, 0)}),
+        ({"keys": 200}, {}),
+        ({"dtype": "float16", "depth": 128}, {"band": (None, 0)}),
+        ({"depth": 256}, {}),
+        ({"batch": ()}, {}),
+        ({}, {"bias": array(1, 4, 128, 128)}),
+        ({}, {"bias": array(2, 4, 128, 128), "band": (None, 0)}),
+    ],
+)
+def test_calls_that_cudnn_takes(sizes, options):
+    assert refusal(*shapes(**sizes), **options) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "reason"),
+    [
+        ({}, {"mask": array(1, 1, 128, 128, dtype="bool")}, "cuDNN has no place for it: a mask that is an array"),
+        ({}, {"keep": array(2, 4, 128, 128, dtype="bool")}, "cuDNN has no place for it: dropout with given"),
+        (
+            {},
+            {f"{side}_segment_ids": array(2, 128, dtype="int32") for side in ("query", "key_value")},
+            "cuDNN has no place for it: segment ids",
+        ),
+        ({}, {"soft_cap": 30.0}, "cuDNN has no place for it: soft-capped scores"),
+        ({"dtype": "float32"}, {}, "dtype float32; cuDNN takes bfloat16 and float16"),
+        ({"value": 32}, {}, "values of size 32 with queries of size 64"),
+        ({"depth": 60}, {}, "head size 60; cuDNN takes multiples of 8 up to 256 on this device"),
+        ({"depth": 264}, {}, "head size 264; cuDNN takes multiples of 8 up to 256"),
+        ({"queries": 1, "keys": 128}, {}, "1 queries and 128 keys; below 64"),
+        ({"batch": (0,)}, {}, "128 queries and 128 keys; below 64"),
+        ({}, {"band": (None, 5)}, "keys None to 5 from the query; cuDNN takes causal masks and windows"),
+        ({}, {"band": (-7, None)}, "keys -7 to None from the query"),
+        ({"keys": 256}, {"band": (None, 0)}, "a causal mask over 128 queries and 256 keys"),
+        ({}, {"bias": array(1, 4, 128, 128, dtype="float32")}, "a bias of dtype float32; cuDNN takes the queries'"),
+        ({}, {"bias": array(2, 1, 128, 128)}, r"a bias of shape \(2, 1, 128, 128\); cuDNN takes whole ones"),
+        ({"queries": 129}, {"bias": array(1, 4, 129, 129)}, "a bias over 129 queries and 129 keys"),
+    ],
+)
+def test_refusals_name_the_limit(sizes, options, reason):
+    assert re.match(reason, refusal(*shapes(**sizes), **options) or "taken")
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (8, 9)])
+def test_head_sizes_before_hopper(capability):
+    assert refusal(*shapes(depth=128), capability=capability) is None
+    assert "multiples of 8 up to 128" in (refusal(*shapes(depth=136), capability=capability) or "")
+
+
+def lowered(fn, *operands):
+    return jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text):
+    return re.findall(r"custom_call @(__cudnn[\w$.]*|jaxext_\w+)", text)
+
+
+def test_without_cudnn_the_reference_is_lowered_with_a_reason():
+    _attention_cudnn._jax_refuses.cache_clear()
+    operands, params = _bind(*shapes(), band=(None, 0))
+    reason = ATTENTION.refusal(*operands, **params, platform="cuda")
+    if reason is None:
+        pytest.skip("cuDNN is installed here")
+    assert reason == "JAX's cuDNN attention refuses: cuDNN is not detected."
+    assert calls(lowered(lambda *a: attention_op(*a, band=(None, 0)), *operands)) == []
+
+
+def test_an_old_cudnn_is_a_reason_too(found, monkeypatch):  # noqa: F811
+    import jax._src.cudnn.fused_attention_stablehlo as cudnn
+
+    def too_old(*_, **__):
+        raise NotImplementedError("Compute capability 10.3 requires cuDNN version >= 9.11.")
+
+    monkeypatch.setattr(cudnn, "check_is_flash_attention", too_old)
+    operands, params = _bind(*shapes())
+    assert ATTENTION.refusal(*operands, **params, platform="cuda") == (
+        "JAX's cuDNN attention refuses: Compute capability 10.3 requires cuDNN version >= 9.11."
+    )
+    assert calls(lowered(lambda *a: attention_op(*a), *operands)) == []
+
+
+def test_forward_and_backward_are_one_call_each(found):  # noqa: F811
+    def loss(*operands):
+        return attention_op(*operands, band=(None, 0)).astype(jnp.float32).sum()
+
+    assert calls(lowered(loss, *shapes())) == [FORWARD]
+    assert calls(lowered(jax.grad(loss, (0, 1, 2)), *shapes())) == [FORWARD, BACKWARD]
+
+
+def test_a_model_that_is_traced_for_cuda_gets_cudnn_and_explain_says_so(found):  # noqa: F811
+    def attend(q, k, v):
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 8
+        scores = jnp.where(jnp.tril(jnp.ones((128, 128), bool)), scores, -jnp.inf)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+    report = jaxext.explain(attend, platform="cuda")(*shapes(kv_heads=4))
+    (entry,) = report.replaced
+    assert entry.kernel == "attention"
+    assert entry.detail.endswith("cuDNN through jax.nn.dot_product_attention")
+
+
+def test_a_jax_that_keeps_something_else_is_refused(found, monkeypatch):  # noqa: F811
+    plain = _attention_cudnn._attend
+    monkeypatch.setattr(_attention_cudnn, "_attend", lambda *xs, **o: jax.checkpoint(lambda *ys: plain(*ys, **o))(*xs))
+    operands, params = _bind(*shapes())
+    assert ATTENTION.refusal(*operands, **params, platform="cuda") == (
+        "JAX's cuDNN attention refuses: its pullback holds other arrays than the statistics and the result"
+    )
+
+
+CASES = {
+    "all": ({}, {}),
+    "causal": ({}, {"band": (None, 0)}),
+    "window": ({}, {"band": (-20, 0), "scale": 0.3}),
+    "cross": ({"keys": 72}, {}),
+    "grouped": ({"heads": 6}, {"band": (None, 0)}),
+    "heads first": ({}, {"band": (None, 0), "layout": ("bnth", "btnh", "bnth", "bnth")}),
+    "no batch": ({"batch": ()}, {"band": (None, 0)}),
+    "two batches": ({"batch": (2, 3)}, {}),
+    "bias": ({"kv_heads": 4}, {"bias": (1, 4, 64, 64)}),
+    "bias of each": ({}, {"bias": (2, 4, 64, 64), "band": (None, 0)}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward_fit_together(emulated, case, dtype):  # noqa: F811
+    sizes, options = CASES[case]
+    rng, options = np.random.default_rng(0), dict(options)
+    operands = [rng.standard_normal(x.shape).astype(dtype) for x in shapes(64, **{"depth": 16, **sizes})]
+    for i, order in enumerate(options.get("layout", ("btnh",) * 4)[:3]):
+        operands[i] = operands[i] if order == "btnh" else operands[i].swapaxes(-2, -3)
+    if "bias" in options:
+        options["bias"] = rng.standard_normal(options["bias"]).astype(dtype)
+    given, params = _bind(*operands, **options)
+    wrt = tuple(range(len(given)))
+    out, lse, low = jax.jit(lambda *xs: _attention_cudnn._forward(*xs, **params))(*given)
+    expected, exact_lse, exact_low = ATTENTION.reference(*given, **params)
+    assert [x.shape for x in (out, lse, low)] == [x.shape for x in (expected, exact_lse, exact_low)]
+    assert [x.dtype for x in (out, lse, low)] == [x.dtype for x in (expected, exact_lse, exact_low)]
+    np.testing.assert_allclose(lse.sum(-2), exact_lse.sum(-2), rtol=0, atol=1e-4)
+    cotangent = rng.standard_normal(out.shape).astype(dtype)
+    saved = (out, lse, low, cotangent)
+    ours = jax.jit(lambda *xs: _attention_cudnn._backward(*xs, wrt=wrt, **params))(*given, *saved)
+    plain = ATTENTION_BACKWARD.reference(*given, *saved, wrt=wrt, **params)
+    wide = [np.asarray(x, np.float32) for x in given]
+    exact = ATTENTION.reference(*wide, **params)[0]
+    exact_gradients = ATTENTION_BACKWARD.reference(*wide, *saved[:3], cotangent.astype(np.float32), wrt=wrt, **params)
+    for o, p, e in zip((out, *ours), (expected, *plain), (exact, *exact_gradients), strict=True):
+        assert (o.shape, o.dtype) == (p.shape, p.dtype)
+        o, p, e = (np.asarray(x, np.float64) for x in (o, p, e))
+        floor = 4 * float(jnp.finfo(dtype).eps) * np.abs(e).max()
+        assert np.abs(o - e).max() <= 2 * np.abs(p - e).max() + floor
+
+
+def test_residuals_of_either_platform_serve_the_other(emulated):  # noqa: F811
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal(x.shape).astype(x.dtype) for x in shapes(64, depth=16)]
+    given, params = _bind(*operands, band=(None, 0))
+    cotangent = rng.standard_normal(given[0].shape).astype(given[0].dtype)
+
+    def gradients(saved):
+        return _attention_cudnn._backward(*given, *saved, cotangent, wrt=(0, 1, 2), **params)
+
+    own, others = jax.jit(lambda *xs: _attention_cudnn._forward(*xs, **params))(*given), ATTENTION(*given, **params)
+    for a, b in zip(gradients(own), gradients(others)):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=4 * 2**-8 * np.abs(b).max())
