@@ -1,6 +1,7 @@
 """The kernels: public functions, their refusals, and every op for the conformance tests and benchmarks."""
 
 from jaxext.kernels import _attention_cudnn as _attention_cudnn
+from jaxext.kernels import _norm_cuda as _norm_cuda
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal
 from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
@@ -12,6 +13,7 @@ from jaxext.kernels._export import export
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
+from jaxext.kernels._native_module import load_cuda
 from jaxext.kernels._norm import OPS as _NORMS
 from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from jaxext.kernels._op import Op, native_status
@@ -42,3 +44,4 @@ OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMIT
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()
+load_cuda()

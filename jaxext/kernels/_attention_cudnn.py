@@ -44,7 +44,7 @@ def cudnn_refusal(
     soft_cap: float | None,
     layout: tuple[str, ...],
     capability: tuple[int, int] | None,
-    **_: Any,
+    **others: Any,
 ) -> str | None:
     """Why cuDNN's attention cannot compute this call on a device of this compute capability (None: one not known)."""
     _, _, queries, keys, depth, value_depth = _sizes(q, k, v, layout)
@@ -150,7 +150,7 @@ def _kept(pullback: Callable[..., Any], inputs: Sequence[jax.Array], out: jax.Ar
 
 
 def _forward(
-    *operands: jax.Array, scale: float, band: tuple[int | None, int | None], layout: tuple[str, ...], **_: Any
+    *operands: jax.Array, scale: float, band: tuple[int | None, int | None], layout: tuple[str, ...], **others: Any
 ) -> tuple[jax.Array, ...]:
     """The op's (out, lse, low): cuDNN's logarithm of the sum is lse, as a maximum over a sum of 1; low is not kept."""
     with relaxed():
@@ -178,7 +178,7 @@ def _gradients(
     scale: float,
     band: tuple[int | None, int | None],
     layout: tuple[str, ...],
-    **_: Any,
+    **others: Any,
 ) -> tuple[jax.Array, ...]:
     operands, (out, lse, _, cotangent) = xs[: 3 + len(extras)], xs[3 + len(extras) :]
     with relaxed():

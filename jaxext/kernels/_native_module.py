@@ -1,4 +1,4 @@
-"""The compiled module, or the reason why there is none: the one place that imports it."""
+"""The compiled modules, for CPU and CUDA, or the reasons why there is none: the one place that imports them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import functools
 import importlib
 from types import ModuleType
 
-__all__ = ["lacks", "load", "register", "status"]
+__all__ = ["cuda_lacks", "lacks", "load", "load_cuda", "register", "status"]
+
+_NO_CUDA = "the CUDA kernels are not in this build (pip install . --config-settings=cmake.define.JAXEXT_CUDA=ON)"
 
 
 @functools.cache
@@ -43,14 +45,35 @@ def lacks(target: str) -> str | None:
 @functools.cache
 def register() -> str:
     """Registers every FFI target with XLA, once; '' or the reason why it could not."""
+    module, problem = _import()
+    return problem if module is None or problem else _register(module, "cpu")
+
+
+@functools.cache
+def load_cuda() -> tuple[ModuleType | None, str]:
+    """The compiled module for CUDA, its targets registered, and '' or the reason why there is none."""
+    try:
+        module = importlib.import_module("jaxext._native_cuda")
+    except ImportError as error:
+        return None, _NO_CUDA if isinstance(error, ModuleNotFoundError) else f"the CUDA kernels do not load: {error}"
+    problem = _register(module, "CUDA")
+    return (None, problem) if problem else (module, "")
+
+
+def cuda_lacks(target: str) -> str | None:
+    """None where the CUDA kernels have the FFI target, else what to do about it."""
+    module, problem = load_cuda()
+    if module is None:
+        return problem
+    return None if target in module.targets() else f"the CUDA kernels have no target {target}: reinstall jaxext"
+
+
+def _register(module: ModuleType, platform: str) -> str:
     import jax
 
-    module, problem = _import()
-    if module is None or problem:
-        return problem
     for name, capsule in module.targets().items():
         try:
-            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+            jax.ffi.register_ffi_target(name, capsule, platform=platform)
         except Exception as error:  # XLA raises types of its own; the reason is kept and reported
             return f"XLA refused the FFI target {name}: {error}"
     return ""

@@ -1,6 +1,6 @@
 // Layer and RMS normalisation of rows: arguments shared by the kernels and their handlers.
 #pragma once
-#include "isa.h"
+#include <cstdint>
 
 namespace jaxext {
 

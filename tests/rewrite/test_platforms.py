@@ -15,6 +15,7 @@ import pytest
 import jaxext
 from jaxext.kernels import OPS, _platform, linear_cross_entropy, linear_cross_entropy_refusal
 from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD, _label_gradient
+from jaxext.kernels._native_module import load_cuda
 from jaxext.kernels._norm import LAYER_NORM
 
 ROWS, FEATURES, CLASSES = 8192, 48, 8192
@@ -52,19 +53,18 @@ def test_the_default_is_the_platform_that_jax_runs_on():
         assert _platform.foreseen() == "cpu"
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_a_platform_without_a_kernel_keeps_the_users_code(platform):
+def test_a_platform_without_a_kernel_keeps_the_users_code():
     x = jnp.ones((64, 256))
     assert jaxext.explain(norm)(x).kernels() == {"layer_norm"}
-    report = jaxext.explain(norm, platform=platform)(x)
+    report = jaxext.explain(norm, platform="tpu")(x)
     assert not report.replaced
-    assert [entry.reason for entry in report.fallbacks] == [f"layer_norm has no kernel on {platform}"]
-    assert report.notes[0] == f"for platform {platform}: where it has no kernel, XLA's own code stays"
+    assert [entry.reason for entry in report.fallbacks] == ["layer_norm has no kernel on tpu"]
+    assert report.notes[0] == "for platform tpu: where it has no kernel, XLA's own code stays"
 
 
 def test_the_platform_asked_about_does_not_stay():
     x = jnp.ones((64, 256))
-    jaxext.explain(norm, platform="cuda")(x)
+    jaxext.explain(norm, platform="tpu")(x)
     assert jaxext.explain(norm)(x).kernels() == {"layer_norm"}
     assert "jaxext_layer_norm" in jaxext.accelerate(norm).lower(x).as_text()
 
@@ -87,11 +87,8 @@ def test_an_unknown_platform_is_named():
 def test_every_op_lowers_for_cuda_without_cpu_kernels(op):
     spec = op.specs[0]
     operands = spec.make(np.random.default_rng(0), spec.dtypes[0])
-    assert "jaxext_" not in re.sub(r"@jaxext_\w+\(", "", "".join(custom_calls(op, spec, operands)))
-
-
-def custom_calls(op, spec, operands):
-    return re.findall(r"custom_call @([\w$.]+)", text(lambda *xs: op(*xs, **spec.params), *operands))
+    called = re.findall(r"custom_call @(jaxext_\w+)", text(lambda *xs: op(*xs, **spec.params), *operands))
+    assert not called or load_cuda()[0] is not None
 
 
 def test_lowering_goes_by_its_own_platform():

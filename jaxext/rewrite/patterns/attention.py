@@ -51,13 +51,15 @@ def match(root: Value, graph: Graph) -> Match:
     found.key = _unrepeated(found.key, splits)
     value = _unrepeated(value, splits)
     call = plan(facts, view, found, probabilities, value, splits)
+    refusal = _refusal(call)
+    how = ATTENTION.how() if refusal is None else ""
     return Match(
         kernel="attention",
         roots=(root,),
         inputs=call.inputs,
         call=call,
-        detail=", ".join(filter(None, (call.detail, ATTENTION.how()))),
-        refusal=_refusal(call),
+        detail=", ".join(filter(None, (call.detail, how))),
+        refusal=refusal,
     )
 
 

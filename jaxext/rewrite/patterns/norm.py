@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...kernels import _norm
 from ...kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
 from ..axes import Axis, View, label, operands, same_view, shrink
 from ..facts import CAST, Facts, casts_floats, is_float, source, users
@@ -286,13 +287,15 @@ def _as_match(root: Value, graph: Graph, found: Norm) -> Match:
     parts = [f"epsilon={found.epsilon:g}"]
     named = (("scale", found.scales), ("bias", found.bias), ("residual", residual))
     parts += [name for name, given in named if given]
+    refusal = call.refusal(inputs)
+    how = (_norm.LAYER_NORM if found.is_centred else _norm.RMS_NORM).how() if refusal is None else ""
     return Match(
         kernel="layer_norm" if found.is_centred else "rms_norm",
         roots=(root, found.x.value) if call.gives_sum else (root,),
         inputs=inputs,
         call=call,
-        detail=", ".join(parts),
-        refusal=call.refusal(inputs),
+        detail=", ".join([*parts, *filter(None, (how,))]),
+        refusal=refusal,
     )
 
 
