@@ -1,6 +1,7 @@
 # make ab    own virtual environment, install, then the A/B speed test of a GPT against stock JAX
 # make test  the same environment with test tools: ruff, pyright, the suite
 # make sanitize      the kernels' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+# make cuda          compiles the CUDA kernels where nvcc is found; no GPU is needed
 # make compat        upstream projects' own tests, on stock JAX and on jaxext, compared; writes docs/compat.md
 # make compat-quick  a few minutes of them
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default), TESTS (options of
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find native jaxext jaxext-stubs -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
 	-o -name '*.inc' -o -name '*.pyi' -o -name CMakeLists.txt)
 
-.PHONY: ab test check sanitize compat compat-quick clean
+.PHONY: ab test check sanitize cuda compat compat-quick clean
 
 ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
@@ -31,6 +32,18 @@ check: $(VENV)/test.stamp
 
 sanitize: $(VENV)/test.stamp
 	native/sanitize.sh $(BIN)/python $(TESTS)
+
+cuda: $(VENV)/bin/python
+	@if command -v nvcc >/dev/null; then $(MAKE) --no-print-directory build/cuda/compiled; \
+	else echo "no nvcc here: the CUDA kernels were not compiled"; fi
+
+build/cuda/compiled: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "nanobind>=2.4" cmake ninja jaxlib
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S native -B build/cuda -G Ninja -DJAXEXT_CUDA=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target _native_cuda
+	PYTHONPATH=build/cuda $(BIN)/python -c "import _native_cuda; print(*_native_cuda.targets())"
+	@touch $@
 
 compat: $(VENV)/test.stamp
 	$(BIN)/python compat/run.py --write-docs $(COMPAT)

@@ -43,6 +43,7 @@ try:
     from jax._src.interpreters import ad
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
+    from jax._src.lib import cuda_versions
     from jax._src.named_sharding import UnspecifiedValue
     from jax._src.random import prng
     from jax._src.state.types import AbstractRef
@@ -116,6 +117,14 @@ def compute_capability() -> tuple[int, int] | None:
         return None
     major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+def cudnn_version() -> str:
+    """Such as "9.13.1"; "" where JAX finds no cuDNN."""
+    if cuda_versions is None:
+        return ""
+    number = cuda_versions.cudnn_get_version()
+    return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
 
 
 def runs_op_by_op() -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxext import _memory
+from jaxext.abtest import accelerator
 from jaxext.kernels import _native_module
 
 # What must be equal on both sides for a comparison of kernels to be fair.
@@ -49,8 +50,16 @@ def facts() -> dict[str, Any]:
         "memory": memory.memory,
         "huge pages": memory.huge_pages,
     }
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        found["platform"] = device.platform
+        found |= {f"device memory, {name}": _gib(n) for name, n in accelerator.memory(device).items()}
     found.update({name: os.environ[name] for name in _VARIABLES if os.environ.get(name)})
     return found
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def load_average() -> float | None:
@@ -62,7 +71,14 @@ def load_average() -> float | None:
 
 
 def peaks(seconds: float) -> dict[str, float]:
-    """Measured peak of this machine: FLOP/s for "f32" and "bf16", bytes/s for "copy". Empty without native code."""
+    """Measured peak of the default device: FLOP/s for "f32" and "bf16", bytes/s for "copy".
+
+    Empty where that is a CPU and there is no native code.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return accelerator.peaks(seconds)
     native = _native_module.load()
     if native is None:
         return {}

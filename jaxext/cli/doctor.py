@@ -276,16 +276,40 @@ def _devices() -> Iterator[Finding]:
 
     devices = jax.devices()
     kinds = sorted({f"{device.platform}: {device.device_kind}" for device in devices})
-    default = jax.default_backend()
-    advice = ""
-    if default != "cpu":
-        advice = f"programs run on {default} by default, where jaxext's operations run their reference in plain JAX."
-    yield Finding("JAX devices", f"{len(devices)} ({', '.join(kinds)})", advice)
+    yield Finding("JAX devices", f"{len(devices)} ({', '.join(kinds)})")
+    if devices[0].platform != "cpu":
+        yield from _accelerator(devices[0], 0.2)
     driver = _read("/proc/driver/nvidia/version")
     if driver and "gpu" not in {device.platform for device in devices}:
         first_line = driver.splitlines()[0].removeprefix("NVRM version: ")
         advice = "an NVIDIA GPU is here that JAX cannot use; install jax with its cuda extra, or unset JAX_PLATFORMS."
         yield Finding("NVIDIA driver", first_line, advice)
+
+
+def _accelerator(device: Any, seconds: float, **sizes: int) -> Iterator[Finding]:
+    """What bears on the speed of the device that programs run on, which is no CPU. `sizes`: of what is measured."""
+    from jaxext import _jax_compat
+    from jaxext.abtest import accelerator
+    from jaxext.kernels import _native_module
+
+    capability = getattr(device, "compute_capability", "")
+    if capability:
+        yield Finding("compute capability", str(capability))
+        version = _jax_compat.cudnn_version()
+        advice = "" if version else "attention stays with XLA; install jax with its cuda extra, which brings cuDNN."
+        yield Finding("cuDNN", version or "not found", advice)
+        module, problem = _native_module.load_cuda()
+        built = f"{len(module.targets())} native targets registered" if module is not None else problem
+        yield Finding("CUDA kernels", built)
+    else:
+        yield Finding("kernels here", f"none for {device.platform}: XLA's own code stays")
+    rates = accelerator.peaks(seconds, device, **sizes)
+    products = (f"{kind} {rates[kind] / 1e12:.3g} TFLOP/s" for kind in ("bf16", "f32"))
+    yield Finding("measured peak", ", ".join((*products, f"copy {rates['copy'] / 1e9:.4g} GB/s")))
+    memory = accelerator.memory(device)
+    if memory:
+        parts = [f"{count / 2**30:.1f} GiB {name}" for name, count in memory.items()]
+        yield Finding("device memory", ", ".join(parts))
 
 
 def _read(path: str) -> str:

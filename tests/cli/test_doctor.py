@@ -178,3 +178,46 @@ def test_an_older_ffi_than_the_kernels_were_built_for_is_a_defect(monkeypatch):
     assert findings["XLA FFI"].advice == (
         "jaxlib's FFI is older than 0.9, for which the kernels were built; upgrade jaxlib."
     )
+
+
+class Device:
+    """What the doctor asks of a device; a GPU is not needed to test what it says of one."""
+
+    platform, device_kind, compute_capability = "gpu", "NVIDIA H100", "9.0"
+
+    def memory_stats(self):
+        return {"peak_bytes_in_use": 3 * 2**29, "bytes_limit": 60 * 2**30, "num_allocs": 7}
+
+
+def accelerator_findings(monkeypatch, device):
+    import jax
+
+    monkeypatch.setattr(jax, "device_put", lambda x, device: x)  # the measurements run here
+    found = doctor._accelerator(device, 0.01, side=64, bytes_copied=1 << 16)
+    return {finding.name: finding for finding in found}
+
+
+def test_a_gpu_is_described_and_measured(monkeypatch):
+    from jaxext import _jax_compat
+
+    monkeypatch.setattr(_jax_compat, "cudnn_version", lambda: "")
+    found = accelerator_findings(monkeypatch, Device())
+    assert list(found) == ["compute capability", "cuDNN", "CUDA kernels", "measured peak", "device memory"]
+    assert found["compute capability"].value == "9.0"
+    assert found["cuDNN"].advice == "attention stays with XLA; install jax with its cuda extra, which brings cuDNN."
+    assert found["measured peak"].value.startswith("bf16 ")
+    assert found["device memory"].value == "1.5 GiB peak, 60.0 GiB limit"
+
+
+def test_a_device_that_is_no_gpu_has_no_kernels(monkeypatch):
+    device = type("Tpu", (), {"platform": "tpu", "memory_stats": lambda self: None})()
+    found = accelerator_findings(monkeypatch, device)
+    assert list(found) == ["kernels here", "measured peak"]
+    assert found["kernels here"].value == "none for tpu: XLA's own code stays"
+
+
+def test_peaks_count_operations_and_bytes(monkeypatch):
+    from jaxext.abtest import accelerator
+
+    monkeypatch.setattr(accelerator, "_best", lambda fn, operands, seconds: 0.5)
+    assert accelerator.peaks(0.0, side=8, bytes_copied=64) == {"f32": 2048.0, "bf16": 2048.0, "copy": 256.0}

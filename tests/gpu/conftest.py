@@ -1,0 +1,10 @@
+"""These tests need an NVIDIA GPU that JAX runs on: JAX_PLATFORMS=cuda,cpu pytest tests/gpu. Elsewhere they are skipped."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"no GPU: JAX runs on {jax.default_backend()}")
