@@ -14,6 +14,8 @@ def add_parser(commands: Any) -> None:
         "nearly would and the operation that broke it, and what falls back to stock JAX. The step is traced, not run.",
     )
     parser.add_argument("target", metavar="file.py:factory", help="a function that returns (step, args)")
+    platforms = ("cpu", "cuda", "rocm", "tpu")
+    parser.add_argument("--platform", choices=platforms, help="where it would run (default: where JAX runs)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -32,6 +34,6 @@ def main(args: argparse.Namespace) -> int:
     except protocol.TargetError as error:
         print(f"jaxext explain: {error}", file=sys.stderr)
         return 2
-    report = explain(workload.step)(*workload.args)
+    report = explain(workload.step, platform=args.platform)(*workload.args)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0

@@ -79,6 +79,13 @@ def test_explain_prints_what_is_replaced_with_its_line(train, capsys):
     assert lines[-1].startswith("note: memory=")
 
 
+def test_explain_for_another_platform(train, capsys):
+    assert main(["explain", "--platform", "tpu", "train.py:factory"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("nothing replaced")
+    assert "has no kernel on tpu" in out
+
+
 def test_explain_as_json(train, capsys):
     assert main(["explain", "--json", "train.py:factory"]) == 0
     assert [entry["kernel"] for entry in json.loads(capsys.readouterr().out)["replaced"]] == ["attention"]

@@ -1,4 +1,4 @@
-"""These tests need an NVIDIA GPU that JAX runs on: JAX_PLATFORMS=cuda,cpu pytest tests/gpu. Elsewhere they are skipped."""
+"""These tests need an NVIDIA GPU that JAX runs on: JAX_PLATFORMS=cuda,cpu pytest tests/gpu. Others are skipped."""
 
 import jax
 import pytest
