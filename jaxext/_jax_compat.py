@@ -104,7 +104,8 @@ def default_platform() -> str:
 
     JAX is not started for it on a machine where that can only be the CPU.
     """
-    if not xla_bridge.backends_are_initialized() and importlib.util.find_spec("jax_plugins") is None:
+    others = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    if not others and not xla_bridge.backends_are_initialized():
         return "cpu"
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     name = jax.default_backend() if device is None else getattr(device, "platform", device)

@@ -93,15 +93,17 @@ def _bias_refusal(q: Any, rest: Sequence[Any], layout: Sequence[str], queries: i
 
 def _refuses(*avals: Any, **params: Any) -> str | None:
     own = cudnn_refusal(*avals, **params, capability=_jax_compat.compute_capability())
-    return own or _jax_refuses(tuple(avals), tuple(sorted(params.items())))
+    if own is not None:
+        return own
+    types = tuple(_jax_compat.array_type(aval.shape, aval.dtype) for aval in avals)
+    return _jax_refuses(types, tuple(sorted(params.items())))
 
 
 @functools.lru_cache(maxsize=256)
-def _jax_refuses(avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> str | None:
+def _jax_refuses(types: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> str | None:
     """What JAX itself says: that there is no cuDNN, or one too old for this call."""
-    types = [_jax_compat.array_type(aval.shape, aval.dtype) for aval in avals]
     try:
-        _jax_compat.trace(lambda *xs: _forward(*xs, **dict(params)), types)
+        _jax_compat.trace(lambda *xs: _forward(*xs, **dict(params)), list(types))
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return f"JAX's cuDNN attention refuses: {' '.join(str(error).split())}"
     return None

@@ -51,12 +51,11 @@ class _Problem(NamedTuple):
     def chunks(self) -> int:
         """How many chunks the rows make.
 
-        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere a sixteenth, for
-        logits and their gradients are there at once, and 256 rows or more, for each chunk adds to all of the weight's
-        gradient.
+        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere a tenth: as few as
+        keep temporaries below an eighth of stock's, for each chunk reads and writes all of the weight's gradient.
         """
         rows = self.x.shape[0]
-        chunk = max(128, min(-(-rows // 8), 2**23 // self.classes)) if self.on_cpu else max(256, -(-rows // 16))
+        chunk = max(128, min(-(-rows // 8), 2**23 // self.classes)) if self.on_cpu else max(256, -(-rows // 10))
         return -(-rows // chunk) if rows else 1
 
     @property
