@@ -318,8 +318,9 @@ def _check(x: Any, weight: Any, labels: Any, bias: Any = None, weights: Any = No
 _LEAST_LOGITS = 2**21
 # In float32 XLA's own dots are as good over whole logits: chunks cost 8 to 25% there, and pay from 1 GiB of them.
 _FLOAT32_FACTOR = 2**7
-# 128 MiB in float32: not yet measured on a card, what is certain there is the memory.
-_LEAST_LOGITS_ELSEWHERE = 2**25
+# Counted for an H100, not measured: a chunk reads and writes all of the weight's gradient, which below these rows costs
+# more than 5%; from 4 GiB of float32 logits memory is what counts.
+_LEAST_ROWS_ELSEWHERE, _MANY_LOGITS = 2**15, 2**30
 
 
 def linear_cross_entropy_refusal(x: Any, weight: Any, labels: Any, bias: Any = None) -> str | None:
@@ -330,8 +331,8 @@ def linear_cross_entropy_refusal(x: Any, weight: Any, labels: Any, bias: Any = N
     rows = math.prod(x.shape[:-1])
     classes = math.prod(weight.shape) // max(x.shape[-1], 1)
     if _platform.foreseen() != "cpu":
-        if rows * classes < _LEAST_LOGITS_ELSEWHERE:
-            return f"{rows} x {classes} logits are fewer than {_LEAST_LOGITS_ELSEWHERE}; they fit as a whole"
+        if rows < _LEAST_ROWS_ELSEWHERE and rows * classes < _MANY_LOGITS:
+            return f"{rows} rows are fewer than {_LEAST_ROWS_ELSEWHERE}; whole logits, which are small, are as fast"
         return None
     least = _LEAST_LOGITS * (_FLOAT32_FACTOR if x.dtype == jnp.float32 else 1)
     if rows * classes < least:

@@ -129,7 +129,7 @@ def bench_attention(quick):
 
 
 def bench_loss(quick):
-    for rows, features, classes in ((4096, 64, 8192),) if quick else ((16384, 768, 50304), (16384, 2048, 128256)):
+    for rows, features, classes in ((32768, 64, 256),) if quick else ((32768, 768, 50304), (16384, 2048, 128256)):
         operands = normal(0, rows, features), 0.02 * normal(1, features, classes)
         labels = jnp.asarray(np.random.default_rng(2).integers(0, classes, rows), jnp.int32)
         versions = {"stock": gradients(loss, 2), "jaxext": gradients(loss, 2)}

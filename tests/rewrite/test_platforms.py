@@ -30,8 +30,8 @@ def classified(x, weight, labels):
     return optax.softmax_cross_entropy_with_integer_labels(x @ weight, labels).mean()
 
 
-def types(dtype="bfloat16", rows=ROWS):
-    shapes = ((rows, FEATURES), dtype), ((FEATURES, CLASSES), dtype), ((rows,), "int32")
+def types(dtype="bfloat16", rows=ROWS, classes=CLASSES):
+    shapes = ((rows, FEATURES), dtype), ((FEATURES, classes), dtype), ((rows,), "int32")
     return [jax.ShapeDtypeStruct(*one) for one in shapes]
 
 
@@ -101,13 +101,13 @@ def test_lowering_goes_by_its_own_platform():
 # ---------------------------------------------------------------- linear + cross-entropy
 
 
-def test_linear_cross_entropy_is_worth_it_by_the_size_of_its_logits():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_cross_entropy_is_worth_it_by_its_rows_or_where_memory_counts(dtype):
+    few = "32767 rows are fewer than 32768; whole logits, which are small, are as fast"
     with _platform.assuming("cuda"):
-        assert linear_cross_entropy_refusal(*types("float32")) is None
-        assert linear_cross_entropy_refusal(*types("bfloat16")) is None
-        assert linear_cross_entropy_refusal(*types(rows=1024)) == (
-            "1024 x 8192 logits are fewer than 33554432; they fit as a whole"
-        )
+        assert linear_cross_entropy_refusal(*types(dtype, rows=1 << 15)) is None
+        assert linear_cross_entropy_refusal(*types(dtype, rows=32767)) == few
+        assert linear_cross_entropy_refusal(*types(dtype, rows=8192, classes=1 << 17)) is None
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
