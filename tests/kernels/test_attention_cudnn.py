@@ -127,6 +127,23 @@ def test_forward_and_backward_are_one_call_each(found):  # noqa: F811
     assert calls(lowered(jax.grad(loss, (0, 1, 2)), *shapes())) == [FORWARD, BACKWARD]
 
 
+@pytest.mark.parametrize("manual", [True, False])
+def test_several_devices_keep_their_rows(found, manual):  # noqa: F811
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec("rows")
+    placed = jax.sharding.NamedSharding(mesh, rows)
+    operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in shapes()]
+
+    def attend(*xs):
+        return attention_op(*xs, band=(None, 0))
+
+    per_device = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows) if manual else attend
+    text = lowered(jax.grad(lambda *xs: per_device(*xs).astype(jnp.float32).sum(), (0, 1, 2)), *operands)
+    # What XLA partitions it asks of this process, for each device's rows, once it compiles.
+    assert calls(text) == ([FORWARD, BACKWARD] if manual else [])
+    assert text.count("@CustomSPMDPartitioning(") == (0 if manual else 2)
+
+
 def test_a_model_that_is_traced_for_cuda_gets_cudnn_and_explain_says_so(found):  # noqa: F811
     def attend(q, k, v):
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 8
