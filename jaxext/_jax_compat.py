@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import re
 import threading
@@ -43,7 +42,6 @@ try:
     from jax._src.interpreters import ad
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
-    from jax._src.lib import cuda_versions
     from jax._src.named_sharding import UnspecifiedValue
     from jax._src.random import prng
     from jax._src.state.types import AbstractRef
@@ -56,6 +54,7 @@ except ImportError as error:
 Literal = jex_core.Literal
 _EMPTY_CELL = CellType()
 Tracer = core.Tracer
+has_started = xla_bridge.backends_are_initialized  # True once JAX has looked for devices
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
 _JAX_FOLDER = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 OLDEST_JAX = (0, 10, 2)
@@ -97,35 +96,6 @@ def lower_with_devices(primitive: Any) -> None:
 def lowers_for_export(ctx: Any) -> bool:
     """True where the lowering with this context is for `jax.export`."""
     return ctx.module_context.lowering_parameters.for_export
-
-
-def default_platform() -> str:
-    """The platform that JAX runs programs on unless told otherwise, as lowerings name it ("cuda", not "gpu").
-
-    JAX is not started for it on a machine where that can only be the CPU.
-    """
-    others = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-    if not others and not xla_bridge.backends_are_initialized():
-        return "cpu"
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    name = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return xla_bridge.canonicalize_platform(name) if name == "gpu" else name
-
-
-def compute_capability() -> tuple[int, int] | None:
-    """Of the first CUDA device, such as (9, 0); None where JAX has none."""
-    if default_platform() != "cuda":
-        return None
-    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-
-
-def cudnn_version() -> str:
-    """Such as "9.13.1"; "" where JAX finds no cuDNN."""
-    if cuda_versions is None:
-        return ""
-    number = cuda_versions.cudnn_get_version()
-    return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
 
 
 def runs_op_by_op() -> bool:
@@ -456,12 +426,6 @@ def _forward_rule(fwd: Any, operands: Sequence[Any]) -> tuple[Any, Sequence[Any]
     except Exception:
         return None
     return pe.convert_constvars_jaxpr(jaxpr), captured
-
-
-def without_dead_code(closed: Any) -> Any:
-    """A closed jaxpr without the equations that nothing needs, of the same type."""
-    jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    return jex_core.ClosedJaxpr(jaxpr, closed.consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def in_types(jaxpr: Any) -> list[Any]:

@@ -288,16 +288,16 @@ def _devices() -> Iterator[Finding]:
 
 def _accelerator(device: Any, seconds: float, **sizes: int) -> Iterator[Finding]:
     """What bears on the speed of the device that programs run on, which is no CPU. `sizes`: of what is measured."""
-    from jaxext import _jax_compat
     from jaxext.abtest import accelerator
     from jaxext.kernels import _native_module
+    from jaxext.kernels._attention_cudnn import cudnn_problem
 
     capability = getattr(device, "compute_capability", "")
     if capability:
         yield Finding("compute capability", str(capability))
-        version = _jax_compat.cudnn_version()
-        advice = "" if version else "attention stays with XLA; install jax with its cuda extra, which brings cuDNN."
-        yield Finding("cuDNN", version or "not found", advice)
+        problem = cudnn_problem()
+        advice = f"{problem} Attention stays with XLA; install jax with its cuda extra, which brings cuDNN."
+        yield Finding("attention", "cuDNN" if problem is None else "XLA", advice if problem else "")
         module, problem = _native_module.load_cuda()
         built = f"{len(module.targets())} native targets registered" if module is not None else problem
         yield Finding("CUDA kernels", built)

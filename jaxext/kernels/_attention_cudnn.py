@@ -15,14 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
 
 from jaxext import _jax_compat
-from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _heads_first, _sizes
+from jaxext.kernels import _platform
+from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _bind, _heads_first, _sizes
 from jaxext.kernels._op import relaxed
 from jaxext.kernels._platform import Lowering
 
-__all__ = ["cudnn_refusal"]
+__all__ = ["cudnn_problem", "cudnn_refusal"]
 
 _DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 _LEAST_LENGTH = 64
@@ -92,7 +94,7 @@ def _bias_refusal(q: Any, rest: Sequence[Any], layout: Sequence[str], queries: i
 
 
 def _refuses(*avals: Any, **params: Any) -> str | None:
-    own = cudnn_refusal(*avals, **params, capability=_jax_compat.compute_capability())
+    own = cudnn_refusal(*avals, **params, capability=_platform.compute_capability())
     if own is not None:
         return own
     types = tuple(_jax_compat.array_type(aval.shape, aval.dtype) for aval in avals)
@@ -107,6 +109,13 @@ def _jax_refuses(types: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) ->
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return f"JAX's cuDNN attention refuses: {' '.join(str(error).split())}"
     return None
+
+
+def cudnn_problem() -> str | None:
+    """Why attention cannot go to cuDNN in this process, whatever the call; None where it can."""
+    plain = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+    operands, params = _bind(plain, plain, plain)
+    return _refuses(*operands, **params)
 
 
 def _backward_refuses(*avals: Any, wrt: tuple[int, ...], extras: tuple[str, ...], **params: Any) -> str | None:
@@ -170,7 +179,8 @@ def _forward(
 
 def _backward(*xs: jax.Array, **params: Any) -> list[jax.Array]:
     closed = _jax_compat.trace(lambda *ys: _gradients(*ys, **params), [jax.typeof(x) for x in xs])
-    return jaxpr_as_fun(_jax_compat.without_dead_code(closed))(*xs)
+    alive, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
+    return jaxpr_as_fun(ClosedJaxpr(alive, closed.consts))(*xs)
 
 
 def _gradients(

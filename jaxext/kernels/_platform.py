@@ -7,6 +7,7 @@ program now, or by the one that somebody asks about.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 
 from jaxext import _jax_compat
 
-__all__ = ["NAMES", "Lowering", "assuming", "foreseen"]
+__all__ = ["NAMES", "Lowering", "assuming", "compute_capability", "foreseen"]
 
 NAMES = ("cpu", "cuda", "rocm", "tpu")
 
@@ -46,7 +47,26 @@ class Lowering:
 
 def foreseen() -> str:
     """The platform that a program which is traced now will run on: "cpu", "cuda", "rocm", "tpu" or another's name."""
-    return _assumed.value or _jax_compat.default_platform()
+    return _assumed.value or _default()
+
+
+def _default() -> str:
+    """The platform that JAX runs programs on unless told otherwise; JAX is not started where that is the CPU anyway."""
+    if not _jax_compat.has_started() and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return "cpu"
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    if name != "gpu":
+        return name
+    return "cuda" if "cuda" in jax.local_devices(backend="gpu")[0].client.platform_version else "rocm"
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the CUDA device that programs run on, such as (9, 0); None where JAX has none."""
+    if _default() != "cuda":
+        return None
+    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 @contextmanager

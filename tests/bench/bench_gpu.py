@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxext
-from jaxext import _jax_compat
 from jaxext.abtest import accelerator
 from jaxext.kernels import _native_module
+from jaxext.kernels._attention_cudnn import cudnn_problem
 
 TURNS, CALLS = 7, 5
 
@@ -123,7 +123,7 @@ def bench_attention(quick):
     for steps, batch in ((256, 2),) if quick else ((2048, 8), (8192, 2)):
         operands = [normal(i, batch, steps, 12, 64) for i in range(3)]
         versions = {"stock": gradients(attention, 3), "jaxext": gradients(attention, 3)}
-        if _jax_compat.cudnn_version() and jax.default_backend() != "cpu":
+        if cudnn_problem() is None and jax.default_backend() != "cpu":
             versions["cuDNN"] = gradients(named, 3)
         compare(f"attention, causal, B{batch} S{steps} H12 D64", versions, *operands)
 
@@ -161,12 +161,13 @@ def main():
     if unknown:
         parser.error(f"unknown part {sorted(unknown)[0]!r}: expected {', '.join(parts)}")
     device = jax.devices()[0]
-    print(f"{device.platform}: {device.device_kind}, JAX {jax.__version__}, cuDNN {_jax_compat.cudnn_version() or '-'}")
+    print(f"{device.platform}: {device.device_kind}, JAX {jax.__version__}")
     if device.platform == "cpu":
         print("no GPU here: these figures say nothing about one", file=sys.stderr)
     else:
         rates = accelerator.peaks(0.5, device)
         print(", ".join(f"{kind} {rate / 1e12:.3g} T/s" for kind, rate in rates.items()))
+        print(cudnn_problem() or "attention goes to cuDNN")
         print(_native_module.load_cuda()[1] or "native CUDA kernels are in this build")
     for name in options.parts or parts:
         parts[name](options.quick)

@@ -198,13 +198,19 @@ def accelerator_findings(monkeypatch, device):
 
 
 def test_a_gpu_is_described_and_measured(monkeypatch):
-    from jaxext import _jax_compat
+    from jaxext.kernels import _attention_cudnn
 
-    monkeypatch.setattr(_jax_compat, "cudnn_version", lambda: "")
+    monkeypatch.setattr(
+        _attention_cudnn, "cudnn_problem", lambda: "JAX's cuDNN attention refuses: cuDNN is not detected."
+    )
     found = accelerator_findings(monkeypatch, Device())
-    assert list(found) == ["compute capability", "cuDNN", "CUDA kernels", "measured peak", "device memory"]
+    assert list(found) == ["compute capability", "attention", "CUDA kernels", "measured peak", "device memory"]
     assert found["compute capability"].value == "9.0"
-    assert found["cuDNN"].advice == "attention stays with XLA; install jax with its cuda extra, which brings cuDNN."
+    assert (found["attention"].value, found["attention"].advice) == (
+        "XLA",
+        "JAX's cuDNN attention refuses: cuDNN is not detected. Attention stays with XLA; install jax with its cuda "
+        "extra, which brings cuDNN.",
+    )
     assert found["measured peak"].value.startswith("bf16 ")
     assert found["device memory"].value == "1.5 GiB peak, 60.0 GiB limit"
 
