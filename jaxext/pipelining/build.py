@@ -171,7 +171,7 @@ def _divide(call: Call, captured: Captured, options: Options, request: Request, 
             count = request.microbatches(batch.size, len(request.ranks()))
             part = batch.size // count
             small = [t.update(shape=(part, *t.shape[1:])) if n in batch.leaves else t for n, t in enumerate(call.types)]
-            typing = microbatch.infer(captured.loss.graph, _on_a_part(call, small, name).loss.graph)
+            typing = microbatch.infer(captured.loss.graph, _on_a_part(call, small, name).loss.graph, count)
             microbatch.refuse_unless_sum(typing, captured.loss.name)
         except Refusal as refusal:
             refusals.append(refusal)

@@ -55,12 +55,14 @@ class Typing:
       full, micro: the two graphs; equal but for shapes and constants.
       pair: the value of `full` that a value of `micro` is a part of.
       types: of the values of `micro`.
+      count: microbatches in the batch.
       shared: nodes that add something that is no sum to a sum: which operands count once in M microbatches.
       numbered: gathers that pick each example of the batch by its number: the column of the indices that does.
     """
 
     full: Graph
     micro: Graph
+    count: int
     pair: dict[Value, Value]
     types: dict[Value, Type]
     shared: dict[Node, tuple[bool, ...]]
@@ -78,13 +80,13 @@ _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _LARGEST_CONSTANT = 1 << 22
 
 
-def infer(full: Graph, micro: Graph) -> Typing:
-    """Type the values of a loss, traced on the batch and on a part of it; its inputs are the parameters.
+def infer(full: Graph, micro: Graph, count: int) -> Typing:
+    """Type the values of a loss, traced on the batch and on one of its `count` parts; its inputs are the parameters.
 
     Raises:
       Refusal: the program depends on the size of the batch in more than its shapes.
     """
-    typing = Typing(full, micro, {}, {}, {}, {})
+    typing = Typing(full, micro, count, {}, {}, {}, {})
     _pair(typing, full, micro)
     for value in micro.inputs:
         if _axis(typing, value) is not None:
@@ -161,9 +163,18 @@ class _Inference:
         if all(operand.kind is Kind.DATA for operand in operands) and not self.nested:
             return [Type(Kind.DATA, axis) for axis in axes]
         try:
+            self._check_parts(node, operands)
             return self._kinds(node, full, operands, axes)
         except _Whole as whole:
             return [Type(Kind.WHOLE, axis, whole.reason, whole.where or compat.user_line(node.eqn)) for axis in axes]
+
+    def _check_parts(self, node: Node, operands: list[Type]) -> None:
+        """What was computed for the whole batch, such as differences of neighbours, may have no rows to part."""
+        for value, operand in zip(node.inputs, operands):
+            if operand.kind is Kind.DATA and operand.axis is not None:
+                part, rows = value.shape[operand.axis], self.typing.pair[value].shape[operand.axis]
+                if part * self.typing.count != rows:
+                    raise _Whole(f"{rows} rows, made of the batch, are not those of {self.typing.count} microbatches")
 
     def _kinds(self, node: Node, full: Node, operands: list[Type], axes: list[int | None]) -> list[Type]:
         functions = _functions(self, node, full, operands)

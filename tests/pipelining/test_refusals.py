@@ -95,6 +95,10 @@ def prints(params, x):
     return jnp.mean(x**2)
 
 
+def differences_of_neighbours(params, x):
+    return jnp.sum(hidden(params, x[1:] - x[:-1]) ** 2)
+
+
 def branches_on_the_size(params, x):
     x = hidden(params, x)
     return jnp.mean(x**2) if x.shape[0] == BATCH else jnp.mean(jnp.sin(x))
@@ -112,6 +116,7 @@ REFUSED = {
     loop_until_small: "a while loop runs for as long as the values of the batch say",
     custom_derivative_over_the_batch: "is not a sum over examples",
     prints: "has a side effect (debug_",
+    differences_of_neighbours: "15 rows, made of the batch, are not those of 4 microbatches",
     branches_on_the_size: "another program at another batch size",
 }
 
