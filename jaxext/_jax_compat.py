@@ -240,6 +240,11 @@ def array_type(shape: Sequence[int], dtype: Any) -> Any:
     return core.ShapedArray(tuple(shape), dtype)
 
 
+def unsharded(aval: Any) -> Any:
+    """The abstract value of an array, wherever it is: without the mesh that its type names."""
+    return aval if aval.sharding.mesh.empty else aval.update(sharding=None)
+
+
 def same_type(a: Any, b: Any) -> bool:
     """True where two abstract values agree in everything but weak typing."""
     return core.typecompat(a, b) and getattr(a, "weak_type", None) == getattr(b, "weak_type", None)
@@ -452,6 +457,14 @@ def jit_options(jitted: Any) -> dict[str, Any]:
     info = getattr(jitted, "_jit_info", None)
     names = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
     return {name: value for name in names if (value := getattr(info, name, ()))}
+
+
+def jit_shardings(jitted: Any) -> list[str]:
+    """Those of `in_shardings` and `out_shardings` that what `jax.jit` returned was given."""
+    info = getattr(jitted, "_jit_info", None)
+    names = ("in_shardings", "out_shardings")
+    leaves = {name: getattr(info, f"{name}_leaves", ()) for name in names}
+    return [name for name in names if any(isinstance(leaf, jax.sharding.Sharding) for leaf in leaves[name])]
 
 
 def jit_like(jitted: Any, fun: Callable[..., Any]) -> Any:

@@ -33,6 +33,8 @@ def pipeline(
     num_microbatches: int | None = None,
     schedule: str = "1f1b",
     num_chunks: int | None = None,
+    mesh: Any = None,
+    axis: str = "stage",
     devices: Sequence[Any] | None = None,
     batch_argnames: str | Iterable[str] | None = None,
     check: bool = False,
@@ -48,10 +50,14 @@ def pipeline(
     Args:
       train_step: a function of arrays, pytrees and flax.nnx objects that differentiates one loss and updates the state;
         plain, or jitted with `jax.jit` or `nnx.jit`. None gives a decorator.
-      num_stages: devices in the pipeline, each with `num_chunks` stages of the loss; by default all of `devices`.
+      num_stages: ranks of the pipeline, each with `num_chunks` stages of the loss; by default all of `devices`, or the
+        length of the mesh along `axis`.
       num_microbatches: parts of the batch; by default the largest divisor of the batch up to 4 * num_stages.
       schedule: `gpipe`, `1f1b`, `interleaved_1f1b`, `zb_h1`, `zb_v`, `dualpipe_v` or `auto`.
       num_chunks: stages of the loss on each device, for `interleaved_1f1b`; 2 by default.
+      mesh: a `jax.sharding.Mesh` with an axis that the stages lie along; each runs on its slice, over whose other axes
+        arrays keep the shardings that they have, and constraints in the step their specs.
+      axis: the name of that axis.
       devices: where the stages run, in order; by default `jax.devices()`.
       batch_argnames: arguments that hold the examples along the first axis of their arrays; found if not given.
       check: the first step is also run by plain `jax.jit`, and all results are compared.
@@ -63,15 +69,16 @@ def pipeline(
       A function as `train_step`. Its results live on the devices of their stages. `.plan(*args)` shows what is done.
 
     Raises:
-      TypeError: `train_step` is not callable, or an unknown option.
-      ValueError: an unknown schedule, or a number of stages or microbatches below 1; on the first call also Refusal,
-        where the step cannot be pipelined, with the reason, the user's line and the remedy.
+      TypeError: `train_step` is not callable, an unknown option, or a mesh that is none.
+      ValueError: an unknown schedule, a number of stages or microbatches below 1, a mesh without `axis`, or with
+        another number of stages along it, a step jitted with shardings; on the first call also Refusal, where the step
+        cannot be pipelined, with the reason, the user's line and the remedy.
       PeerError: a process is late, has failed or is gone; it names the process, the pass and microbatch, the remedy.
       FloatingPointError: under `jax_debug_nans` or `jax_debug_infs`, naming the pass, microbatch and process.
       CheckError: `check`, where results differ.
     """
     places = None if devices is None else tuple(devices)
-    request = Request(num_stages, num_microbatches, schedule, num_chunks, places, timeout)
+    request = Request(num_stages, num_microbatches, schedule, num_chunks, places, mesh, axis, timeout)
     request.validate()
     unknown = sorted(set(jit_options) - set(_JIT_OPTIONS))
     if unknown:
@@ -80,7 +87,8 @@ def pipeline(
     if train_step is None:
         return functools.partial(
             pipeline, num_stages=num_stages, num_microbatches=num_microbatches, schedule=schedule,
-            num_chunks=num_chunks, devices=devices, batch_argnames=names, check=check, timeout=timeout, **jit_options,
+            num_chunks=num_chunks, mesh=mesh, axis=axis, devices=devices, batch_argnames=names, check=check,
+            timeout=timeout, **jit_options,
         )  # fmt: skip
     if not callable(train_step):
         raise TypeError(f"pipeline: train_step is {train_step!r}, expected a callable. Decorate a train step.")
@@ -95,6 +103,11 @@ class Pipelined:
         functools.update_wrapper(self, step)
         self._step = _plain(step)
         self._signature = inspect.signature(self._step)
+        for name in compat.jit_shardings(step):
+            raise ValueError(
+                f"pipeline: train_step is jitted with {name}, but each stage has a mesh of its own. Leave it out, and "
+                "put the arguments where they belong: jax.device_put(array, NamedSharding(mesh, …)). They stay there."
+            )
         own = compat.jit_options(step)
         is_filtered = filtered.is_filter_jitted(step)
         if is_filtered:
@@ -103,6 +116,7 @@ class Pipelined:
         self._request = request
         self._lock = threading.Lock()
         self._built: dict[Any, Built] = {}
+        self._costs: Costs | None = None
         self._plain: Callable[..., Any] | None = None
         self._anchor = hooks.Relying()
 
@@ -111,7 +125,8 @@ class Pipelined:
             return self._undivided(args, kwargs)
         call = arguments.flatten(self._step, self._signature, self._options, args, kwargs)
         built = self._build(call)
-        return call.results(built.executor()(call.leaves), built.output)
+        with built.running():
+            return call.results(built.executor()(call.leaves), built.output)
 
     def plan(self, *args: Any, **kwargs: Any) -> PipelinePlan:
         """What is done for arguments like these; nothing is run.
@@ -131,8 +146,25 @@ class Pipelined:
         call = arguments.flatten(self._step, self._signature, self._options, args, kwargs)
         built = self._build(call)
         stopwatch = measuring.Stopwatch(built.schedule)
-        results = built.executor()(call.leaves, watch=stopwatch)
-        return call.results(results, built.output), built.executor().joined(stopwatch.costs(built.costs))
+        with built.running():
+            results = built.executor()(call.leaves, watch=stopwatch)
+        return call.results(results, built.output), built.executor().joined(stopwatch.costs(built.counted))
+
+    def replan(self, costs: Costs) -> None:
+        """From the next step on, what is done is planned for measured costs, as `measure` gives them.
+
+        With `schedule="auto"` the order is made for them, and never slower by simulation than a schedule known by name;
+        other schedules keep theirs, and their plans predict from these costs. What is compiled stays so. With several
+        processes all call this alike, with the same costs.
+
+        Raises:
+          ValueError: `costs` are of another number of stages, or are no times.
+        """
+        costs.check(len(self._request.ranks()) * self._request.chunks())
+        with self._lock:
+            self._costs = costs
+            for built in self._built.values():
+                built.replan(costs)
 
     def gather(self, state: Any) -> Any:
         """`state` as NumPy arrays, whole on every process: what a checkpoint of several processes is written from.
@@ -155,12 +187,12 @@ class Pipelined:
         with self._lock:
             found = self._built.get(call.key)
             if found is None:
-                found = build.build(self._step, call, self._options, self._request)
+                found = build.build(self._step, call, self._options, self._request, self._costs)
                 self._built[call.key] = found
         return found
 
     def _undivided(self, args: Any, kwargs: Any) -> Any:
-        """The step by plain JAX on the first device."""
+        """The step by plain JAX, on the first device or over the whole mesh."""
         nnx = sys.modules.get("flax.nnx") if has_nnx((args, kwargs)) else None
         plain = self._plain
         if plain is None and (self._options.filtered or filtered.holds_module((args, kwargs))):
@@ -168,10 +200,8 @@ class Pipelined:
         elif plain is None:
             plain = self._plain = (nnx or jax).jit(self._step, static_argnames=tuple(self._options.static))
         if nnx is None:
-            device = self._request.available()[0]
-            args, kwargs = jax.tree.map(
-                lambda x: jax.device_put(x, device) if isinstance(x, jax.Array) else x, (args, kwargs)
-            )
+            place = self._request.undivided()
+            args, kwargs = jax.tree.map(lambda x: place.put([x])[0] if isinstance(x, jax.Array) else x, (args, kwargs))
         return plain(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:

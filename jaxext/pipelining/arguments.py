@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import _jax_compat as compat
 from .._check import has_nnx
 from . import filtered
 from .refusal import Refusal
@@ -71,7 +72,7 @@ class Call:
 
     @property
     def types(self) -> list[Any]:
-        return [jax.typeof(leaf) for leaf in self.leaves]
+        return [compat.unsharded(jax.typeof(leaf)) for leaf in self.leaves]
 
     def output(self) -> Any:
         """What `results` needs to know of the traced step."""
@@ -121,7 +122,13 @@ def flatten(step: Callable[..., Any], signature: inspect.Signature, options: Opt
         return [leaf for leaf, is_array in zip(flat, kept) if is_array]
 
     constants = tuple((n, type(leaf), leaf) for n, leaf in fixed.items())
-    key = (tree, definition, tuple(sorted(static.items())), constants, tuple(jax.typeof(leaf) for leaf in leaves))
+    key = (
+        tree,
+        definition,
+        tuple(sorted(static.items())),
+        constants,
+        tuple(compat.unsharded(jax.typeof(leaf)) for leaf in leaves),
+    )
     return Call(leaves, [owner for owner, _ in free], key, run, box, objects)
 
 

@@ -20,7 +20,9 @@ from .. import _jax_compat as compat
 from .. import _settings
 from ..rewrite import hooks, trace
 from ..rewrite.trace import Graph, Node, Value
+from .places import Place
 from .refusal import Refusal
+from .spread import localised
 from .stage import is_float
 
 _LOSS = jex_core.Primitive("jaxext_loss")
@@ -63,8 +65,8 @@ class Captured:
     node: Node
 
 
-def capture(step: Callable[..., Sequence[Any]], avals: Sequence[Any], name: str) -> Captured:
-    """Trace `step`, a function of flat arrays of these types.
+def capture(step: Callable[..., Sequence[Any]], avals: Sequence[Any], name: str, place: Place) -> Captured:
+    """Trace `step`, a function of flat arrays of these types, to run on places like this one.
 
     Raises:
       Refusal: nothing is differentiated, more than one function is, or it is differentiated inside a loop.
@@ -76,8 +78,8 @@ def capture(step: Callable[..., Sequence[Any]], avals: Sequence[Any], name: str)
     if not status.differentiation:
         raise Refusal(f"this JAX cannot be hooked at differentiation ({status.reason})", "Upgrade jaxext.")
     try:
-        with _settings.use(settings), hooks.intercepting(functools.partial(_stand_in, losses)):
-            closed = compat.trace(step, avals, name=name)
+        with _settings.use(settings), hooks.intercepting(functools.partial(_stand_in, losses, place)), place.tracing():
+            closed = localised(compat.trace(step, avals, name=name), place)
     finally:
         del token
         hooks.deactivate_unless_used()
@@ -112,7 +114,7 @@ def _refuse(losses: list[Loss], nodes: list[Node]) -> Captured:
 # ---------------------------------------------------------------- the operation that stands for the loss
 
 
-def _stand_in(losses: list[Loss], fun: Callable[..., Any]) -> Callable[..., Any]:
+def _stand_in(losses: list[Loss], place: Place, fun: Callable[..., Any]) -> Callable[..., Any]:
     """What `jax.vjp` differentiates in place of the loss `fun`."""
 
     @functools.wraps(fun)
@@ -131,7 +133,7 @@ def _stand_in(losses: list[Loss], fun: Callable[..., Any]) -> Callable[..., Any]
                 f"{compat.user_name(fun)} has a derivative rule that is given arrays by nondiff_argnums",
                 "Give the rule these arrays as ordinary arguments.",
             )
-        graph = trace.build(closed)
+        graph = trace.build(localised(closed, place))
         arrays = {value: array for value, array in graph.captures.items() if value.const is None}
         loss = Loss(graph, tuple(arrays), compat.user_name(fun))
         losses.append(loss)

@@ -18,6 +18,7 @@ from .capture import Captured
 from .microbatch import Kind, Typing
 from .placement import Placement, Segment
 from .program import StageProgram
+from .spread import Spread
 from .stage import Stage, ancestors, function
 
 
@@ -38,18 +39,20 @@ class CompiledStep:
     Attributes:
       captured: the step on the batch. typing: its loss, and what each value is to a microbatch.
       stages, programs: the stages of the loss. homes: the stage on which each parameter of the loss lives.
-      prepare: per stage, from the loss's operands to what its forward pass takes of the batch (values of the batch).
+      prepare: per stage, from the loss's operands to what its forward pass takes of the batch, in microbatches, as in
+        `Spread.parts`; on the last stage, what the epilogue takes of the batch follows.
+      finish: per stage, from the collected values of all microbatches to those of the batch.
       epilogue: what of the loss's results needs the whole batch, on the last stage; None where nothing does.
       placement: the segments around the loss. segments: their functions.
     """
 
     captured: Captured
     typing: Typing
-    num_microbatches: int
     stages: list[Stage]
     programs: list[StageProgram]
     homes: list[int]
     prepare: list[Function]
+    finish: list[Callable[[list[list[Any]]], list[Any]]]
     epilogue: Function | None
     placement: Placement
     segments: list[tuple[Segment, Function]]
@@ -63,28 +66,33 @@ class CompiledStep:
     def num_stages(self) -> int:
         return len(self.stages)
 
+    @property
+    def num_microbatches(self) -> int:
+        return self.typing.count
+
 
 def compile_step(
-    captured: Captured, typing: Typing, num_stages: int, num_microbatches: int, donated: Sequence[Value]
+    captured: Captured, typing: Typing, num_stages: int, spread: Spread, donated: Sequence[Value]
 ) -> CompiledStep:
     """Cut a captured step.
 
-    typing: of its loss. donated: inputs of the step that it may use up.
+    typing: of its loss. spread: of its examples. donated: inputs of the step that it may use up.
 
     Raises:
       Refusal: the loss has too few places to cut.
     """
     stages = cut.cut(typing, num_stages)
-    programs = [program.build(s, typing, num_microbatches, f"stage{n}") for n, s in enumerate(stages)]
+    programs = [program.build(s, typing, spread, f"stage{n}") for n, s in enumerate(stages)]
     homes = _homes(typing, stages)
     epilogue = _epilogue(typing)
     more = _data_read_by(epilogue, typing)
-    prepare = [_prepare(typing, stage, n, more if stage is stages[-1] else ()) for n, stage in enumerate(stages)]
+    prepare = [
+        _prepare(typing, spread, stage, n, more if stage is stages[-1] else ()) for n, stage in enumerate(stages)
+    ]
     placed = _place(captured, typing, stages, homes, prepare)
     segments = [(segment, _segment(captured.graph, segment, donated, placed)) for segment in placed.segments]
-    return CompiledStep(
-        captured, typing, num_microbatches, stages, programs, homes, prepare, epilogue, placed, segments
-    )
+    finish = [_finish(typing, stage, n) for n, stage in enumerate(stages)]
+    return CompiledStep(captured, typing, stages, programs, homes, prepare, finish, epilogue, placed, segments)
 
 
 def _homes(typing: Typing, stages: Sequence[Stage]) -> list[int]:
@@ -96,28 +104,42 @@ def _homes(typing: Typing, stages: Sequence[Stage]) -> list[int]:
 def _jitted(
     nodes: Sequence[Node], inputs: list[Value], outputs: list[Value], name: str, donated: tuple[int, ...] = ()
 ) -> Function:
-    run = function(nodes, inputs, outputs)
+    return _named(function(nodes, inputs, outputs), inputs, outputs, name, donated)
+
+
+def _named(
+    run: Callable[..., list[Any]], inputs: list[Value], outputs: list[Value], name: str, donated: tuple[int, ...] = ()
+) -> Function:
     run.__name__ = run.__qualname__ = name
     return Function(inputs, outputs, accelerate(run, donate_argnums=donated), donated)
 
 
-def _prepare(typing: Typing, stage: Stage, number: int, more: Sequence[Value]) -> Function:
-    """What a stage takes of the batch, from the operands of the loss; `more`: further values of the batch."""
-    outputs = list(dict.fromkeys([*(typing.pair[v] for v in stage.data), *more]))
-    return _from_operands(typing.full, outputs, f"stage{number}_prepare")
+def _prepare(typing: Typing, spread: Spread, stage: Stage, number: int, more: Sequence[Value]) -> Function:
+    """What a stage takes of the batch, from the operands of the loss; `more`: values of the whole batch behind it."""
+    axes = [typing.types[value].axis for value in stage.data]
+
+    def in_parts(arrays: list[Any]) -> list[Any]:
+        divided = [spread.parts(array, axis, typing.count) for array, axis in zip(arrays, axes)]
+        return [*divided, *arrays[len(axes) :]]
+
+    outputs = [*(typing.pair[value] for value in stage.data), *more]
+    return _from_operands(typing.full, outputs, f"stage{number}_prepare", in_parts)
 
 
-def _from_operands(graph: Graph, outputs: list[Value], name: str) -> Function:
+def _from_operands(graph: Graph, outputs: list[Value], name: str, then: Callable[[list[Any]], list[Any]]) -> Function:
     needed = ancestors(outputs)
-    return _closed([node for node in graph.nodes if node in needed], outputs, name)
+    return _closed([node for node in graph.nodes if node in needed], outputs, name, then)
 
 
-def _closed(nodes: Sequence[Node], outputs: list[Value], name: str) -> Function:
-    """`nodes` as a function of whatever they and `outputs` take from outside."""
+def _closed(
+    nodes: Sequence[Node], outputs: list[Value], name: str, then: Callable[[list[Any]], list[Any]] = list
+) -> Function:
+    """`nodes` as a function of what they and `outputs` take from outside; `then`: what is done to its results."""
     made = {value for node in nodes for value in node.outputs}
     read = dict.fromkeys([*(value for node in nodes for value in node.inputs), *outputs])
     inputs = [value for value in read if value not in made and value.const is None]
-    return _jitted(nodes, inputs, outputs, name)
+    inner = function(nodes, inputs, outputs)
+    return _named(lambda *arrays: then(inner(*arrays)), inputs, outputs, name)
 
 
 def _types_of_batch(typing: Typing) -> dict[Value, microbatch.Type]:
@@ -189,7 +211,7 @@ def combine(kind: Kind, axis: int | None, parts: Sequence[Any]) -> Any:
     return parts[-1] if axis is None else jnp.concatenate(parts, axis)
 
 
-def finish(typing: Typing, stage: Stage, number: int) -> Callable[[list[list[Any]]], list[Any]]:
+def _finish(typing: Typing, stage: Stage, number: int) -> Callable[[list[list[Any]]], list[Any]]:
     """The function from the collected values of all microbatches to those of the batch."""
     types: list[tuple[Kind, int | None]] = [(typing.types[v].kind, typing.types[v].axis) for v in stage.collected]
 
@@ -200,6 +222,7 @@ def finish(typing: Typing, stage: Stage, number: int) -> Callable[[list[list[Any
     return jax.jit(run)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def combine_gradients(parts: Sequence[Any], dtype: Any) -> Any:
     """The gradient of a parameter from those of the stages that use it."""
     return functools.reduce(operator.add, parts).astype(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,12 @@ import numpy as np
 
 from .. import _jax_compat as compat
 from ..rewrite.trace import Value
-from . import compiled as compiling
 from . import cost, placement
 from .action import Action, Kind
-from .compiled import CompiledStep, Function
+from .compiled import CompiledStep, Function, combine_gradients
 from .links import REMOTE, Links, Parcel
 from .measuring import Stopwatch
+from .places import Place
 from .simulate import Costs
 
 
@@ -54,7 +54,7 @@ class _Arrays:
         if stage not in found:
             if value in self._everywhere:
                 local = self._links.is_local(stage)
-                found[stage] = jax.device_put(self._everywhere[value], self._links.devices[stage]) if local else REMOTE
+                found[stage] = self._links.places[stage].put([self._everywhere[value]])[0] if local else REMOTE
             else:
                 source, array = next(iter(found.items()))
                 (found[stage],) = self._links.move([array], source, stage, f"an array {value.aval} of stage {source}")
@@ -75,23 +75,27 @@ class Executor:
     """Runs a compiled step; `links`: the device of each stage of the loss, and the way from one to another."""
 
     def __init__(self, step: CompiledStep, order: Sequence[Action], links: Links) -> None:
-        self._step, self._order, self._links, self._devices = step, order, links, links.devices
+        self._step, self._order, self._links, self._places = step, order, links, links.places
         self._local = [links.is_local(n) for n in range(step.num_stages)]
         self._numbers = [
-            [jax.device_put(np.int32(m), device) if local else REMOTE for m in range(step.num_microbatches)]
-            for device, local in zip(self._devices, self._local)
+            place.put([np.int32(m) for m in range(step.num_microbatches)]) if local else []
+            for place, local in zip(self._places, self._local)
         ]
-        self._zeros = [self._zero(program.accumulators, n) for n, program in enumerate(step.programs)]
-        self._finish = [compiling.finish(step.typing, stage, n) for n, stage in enumerate(step.stages)]
-        self._sum = jax.jit(compiling.combine_gradients, static_argnums=1)
+        self._zeros: dict[Any, Callable[[], list[Any]]] = {}
         self._given_to_all = step.given_to_all
-        self.last_run = LastRun([0] * len(self._devices))
+        self.last_run = LastRun([0] * len(self._places))
 
-    def _zero(self, types: Sequence[Any], stage: int) -> Any:
+    def zeros(self, stage: int, parameters: Sequence[Any]) -> list[Any]:
+        """A stage's sums of gradients, sharded as its parameters are."""
+        program = self._step.programs[stage]
         if not self._local[stage]:
-            return lambda: []
-        place = jax.sharding.SingleDeviceSharding(self._devices[stage])
-        return jax.jit(lambda: [jnp.zeros(t.shape, t.dtype) for t in types], out_shardings=place)
+            return []
+        shardings = [parameters[place].sharding for place in program.gradients]
+        key = (stage, *shardings)
+        if key not in self._zeros:
+            types = program.accumulators
+            self._zeros[key] = jax.jit(lambda: [jnp.zeros(t.shape, t.dtype) for t in types], out_shardings=shardings)
+        return self._zeros[key]()
 
     def joined(self, costs: Costs) -> Costs:
         """What was measured here, with what other processes measured and what the links between them cost."""
@@ -133,7 +137,12 @@ class Executor:
                 )
             arrays.put_everywhere(value, array)
         elif self._local[stage]:
-            arrays.put(value, stage, jax.device_put(array, self._devices[stage]))
+            if not array.is_fully_addressable:
+                raise ValueError(
+                    f"pipeline: an argument {value.aval} is spread over several processes. Give each process a copy of "
+                    "its own, over its own devices, or the results of a step."
+                )
+            arrays.put(value, stage, self._places[stage].put([array])[0])
         else:
             arrays.put(value, stage, REMOTE)
 
@@ -156,7 +165,7 @@ class Executor:
 
     def _call(self, function: Function, arrays: _Arrays, stage: int) -> None:
         given = [arrays.get(value, stage) for value in function.inputs]
-        with _named(f"what stage {stage} computes around the loss", self._devices[stage]):
+        with _named(f"what stage {stage} computes around the loss", self._places[stage]):
             results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
         for number in function.donated:
             arrays.forget(function.inputs[number], stage)
@@ -170,10 +179,11 @@ class Executor:
         node, loss = step.captured.node, step.captured.loss
         outside = dict(zip(loss.operands, node.inputs))
         inside = dict(zip(step.typing.micro.inputs, node.inputs))
-        run = _LossRun(self, [self._prepared(arrays, outside, n) for n in range(step.num_stages)])
-        run.parameters = [
+        data = [self._prepared(arrays, outside, n) for n in range(step.num_stages)]
+        parameters = [
             [arrays.get(inside[value], n) for value in stage.parameters] for n, stage in enumerate(step.stages)
         ]
+        run = _LossRun(self, data, parameters)
         for action in self._order:
             run.act(action, watch)
         self.last_run = LastRun(run.peak)
@@ -182,12 +192,11 @@ class Executor:
         for value, gradient in zip(node.outputs[count:], self._gradients(run), strict=True):
             arrays.put(value, step.placement.home(value), gradient)
 
-    def _prepared(self, arrays: _Arrays, outside: dict[Value, Value], stage: int) -> dict[Value, Any]:
+    def _prepared(self, arrays: _Arrays, outside: dict[Value, Value], stage: int) -> list[Any]:
         function = self._step.prepare[stage]
         given = [arrays.get(outside[value], stage) for value in function.inputs]
-        with _named(f"what stage {stage} takes of the batch", self._devices[stage]):
-            results = function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
-        return dict(zip(function.outputs, results, strict=True))
+        with _named(f"what stage {stage} takes of the batch", self._places[stage]):
+            return function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
 
     def _results(self, arrays: _Arrays, run: _LossRun) -> None:
         step, node = self._step, self._step.captured.node
@@ -196,10 +205,10 @@ class Executor:
         for number, stage in enumerate(step.stages):
             if stage.collected:
                 local = self._local[number]
-                whole = self._finish[number](run.collected[number]) if local else [REMOTE] * len(stage.collected)
+                whole = step.finish[number](run.collected[number]) if local else [REMOTE] * len(stage.collected)
                 for value, array in zip(stage.collected, whole, strict=True):
                     found.put(step.typing.pair[value], number, array)
-        for value, array in run.data[last].items():
+        for value, array in zip(step.prepare[last].outputs, run.data[last]):
             found.put(value, last, array)
         for value, outside, stage in zip(step.typing.full.inputs, node.inputs, step.homes):
             # A result may be a parameter as it was.
@@ -231,19 +240,19 @@ class Executor:
         if not self._local[home]:
             return REMOTE
         if not found:
-            return jax.device_put(jnp.zeros(value.shape, value.dtype), self._devices[home])
-        return found[0] if len(found) == 1 and found[0].dtype == value.dtype else self._sum(found, value.dtype)
+            return self._places[home].put([jnp.zeros(value.shape, value.dtype)])[0]
+        return found[0] if len(found) == 1 and found[0].dtype == value.dtype else combine_gradients(found, value.dtype)
 
 
 @contextlib.contextmanager
-def _named(what: str, device: Any) -> Iterator[None]:
+def _named(what: str, place: Place) -> Iterator[None]:
     """Under `jax_debug_nans`, the error says what gave the NaN."""
     try:
         yield
     except FloatingPointError as error:
         reason = str(error).splitlines()[0].rstrip(". ")
         raise FloatingPointError(
-            f"pipeline: {what}, on {device} of process {device.process_index}: {reason}. Look at these examples and at "
+            f"pipeline: {what}, on {place} of process {place.process_index}: {reason}. Look at these examples and at "
             "the learning rate; without jax_debug_nans and jax_debug_infs, training goes on as in plain JAX."
         ) from error
 
@@ -259,15 +268,14 @@ def _check(arrays: Sequence[Any]) -> None:
 class _LossRun:
     """One pass of all microbatches through the stages."""
 
-    def __init__(self, executor: Executor, data: list[dict[Value, Any]]) -> None:
+    def __init__(self, executor: Executor, data: list[list[Any]], parameters: list[list[Any]]) -> None:
         step = executor._step
         self._step, self._links, self._numbers = step, executor._links, executor._numbers
         self._local, self._microbatches = executor._local, step.num_microbatches
         self._passes = {Kind.F: self._forward, Kind.B: self._backward, Kind.I: self._input, Kind.W: self._weights}
-        self.data = data
-        self._sliced = [[own[step.typing.pair[v]] for v in stage.data] for own, stage in zip(data, step.stages)]
-        self.parameters: list[list[Any]] = []
-        self.totals = [zero() for zero in executor._zeros]
+        self.data, self._parameters = data, parameters
+        self._parts = [own[: len(stage.data)] for own, stage in zip(data, step.stages)]
+        self.totals = [executor.zeros(n, own) for n, own in enumerate(parameters)]
         self.collected: list[list[list[Any]]] = [[[] for _ in range(step.num_microbatches)] for _ in step.stages]
         self._sent: dict[tuple[int, int], Parcel] = {}
         self._received: dict[tuple[int, int], list[Any]] = {}
@@ -288,7 +296,7 @@ class _LossRun:
         if watch is not None:
             watch.start(brought)
         name = f"{action.kind.value}{microbatch} of stage {stage} (microbatch {microbatch} of {self._microbatches})"
-        with _named(name, self._links.devices[stage]):
+        with _named(name, self._links.places[stage]):
             results = self._passes[action.kind](stage, microbatch)
             own = self._step.programs[stage].stage
             # What is kept for the backward pass may hold anything, as in plain JAX.
@@ -326,7 +334,7 @@ class _LossRun:
         program = self._step.programs[stage]
         received = self._received.pop((stage, microbatch), [])
         number = self._numbers[stage][microbatch]
-        arguments = [*self.parameters[stage], *received, *self._sliced[stage], number]
+        arguments = [*self._parameters[stage], *received, *self._parts[stage], number]
         returned = program.forward(*arguments)
         own = program.stage
         self.collected[stage][microbatch] = returned[len(own.sends) : len(own.sends) + len(own.collected)]

@@ -38,8 +38,11 @@ def gather(tree: Any, transport: Transport, processes: Iterable[int], timeout: f
                     transport.send(rank, tag, [found[number]])
         elif missing[transport.rank][number]:
             # Only keys of a kind that is typed carry its name.
-            kind, words = transport.receive(owner, tag, timeout)[0]
-            found[number] = jax.random.wrap_key_data(jax.numpy.asarray(words), impl=kind) if kind else words
+            array = transport.receive(owner, tag, timeout)[0]
+            is_key = bool(array.key)
+            found[number] = (
+                jax.random.wrap_key_data(jax.numpy.asarray(array.words), impl=array.key) if is_key else array.words
+            )
     return jax.tree.unflatten(structure, found)
 
 

@@ -1,4 +1,4 @@
-"""How arrays get from one stage's device to another's: within a process, or between processes.
+"""How arrays get from one stage's place to another's: within a process, or between processes.
 
 With several processes, all of them walk through the whole step alike. What belongs to another process's stages is not
 computed but stands as `REMOTE`; where a value crosses, the one side sends and the other receives.
@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from . import link_costs
+from .places import Place
 from .simulate import Costs
-from .transport import PeerError, Transport
+from .transport import PeerError, Received, Transport
 
 
 class Remote:
@@ -41,10 +41,10 @@ class Parcel:
 
 
 class Links:
-    """Moves between stages whose devices all belong to this process."""
+    """Moves between stages whose places all belong to this process."""
 
-    def __init__(self, devices: Sequence[Any]) -> None:
-        self.devices = list(devices)
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = list(places)
 
     def is_local(self, stage: int) -> bool:
         return True
@@ -54,10 +54,10 @@ class Links:
         return Parcel(list(arrays), source, target, name)
 
     def take(self, parcel: Parcel) -> list[Any]:
-        """The arrays on their target's device; waits for those of another process."""
-        if not parcel.arrays or self.devices[parcel.source] is self.devices[parcel.target]:
+        """The arrays at their target's place; waits for those of another process."""
+        if not parcel.arrays or self.places[parcel.source] is self.places[parcel.target]:
             return parcel.arrays
-        return jax.device_put(parcel.arrays, self.devices[parcel.target])
+        return self.places[parcel.target].put(parcel.arrays)
 
     def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
         """`arrays`, which are on stage `source`, on stage `target`; `name`: what they are."""
@@ -84,10 +84,10 @@ class ProcessLinks(Links):
     `timeout`: seconds after which a missing array is an error.
     """
 
-    def __init__(self, devices: Sequence[Any], transport: Transport, timeout: float) -> None:
-        super().__init__(devices)
+    def __init__(self, places: Sequence[Place], transport: Transport, timeout: float) -> None:
+        super().__init__(places)
         self._transport, self._timeout = transport, timeout
-        self._processes = [device.process_index for device in self.devices]
+        self._processes = [place.process_index for place in self.places]
 
     def is_local(self, stage: int) -> bool:
         return self._processes[stage] == self._transport.rank
@@ -108,7 +108,7 @@ class ProcessLinks(Links):
         if here == there:
             return super().take(parcel)
         found = self._transport.receive(here, parcel.name, self._timeout)
-        return [_array(item, self.devices[parcel.target]) for item in found]
+        return [_array(item, self.places[parcel.target]) for item in found]
 
     def share(self, array: Any, source: int, name: str) -> Any:
         here = self._processes[source]
@@ -120,8 +120,8 @@ class ProcessLinks(Links):
         return array
 
     def handle(self, aval: Any, stage: int) -> Any:
-        """A `jax.Array` on another process's device: its type can be seen, its values not."""
-        place = SingleDeviceSharding(self.devices[stage])
+        """A `jax.Array` at another process's place: its type can be seen, its values not."""
+        place = self.places[stage].whole()
         return jax.make_array_from_single_device_arrays(aval.shape, place, [], dtype=aval.dtype)
 
     def joined(self, costs: Costs, sent_bytes: Sequence[int]) -> Costs:
@@ -147,7 +147,6 @@ class ProcessLinks(Links):
                 )
 
 
-def _array(found: tuple[str, np.ndarray], device: Any = None) -> Any:
-    key, words = found
-    array = jax.device_put(words, device)
-    return jax.random.wrap_key_data(array, impl=key) if key else array
+def _array(found: Received, place: Place | None = None) -> Any:
+    array = jax.device_put(found.words) if place is None else place.received(found.words, found.spec)
+    return jax.random.wrap_key_data(array, impl=found.key) if found.key else array

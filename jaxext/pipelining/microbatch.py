@@ -71,7 +71,8 @@ class Typing:
 
 _LINEAR = frozenset(
     ("neg", "convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "copy",
-     "copy_p", "reduce_sum", "cumsum", "slice", "pad", "real", "imag", "conj", "name", "optimization_barrier")
+     "copy_p", "reduce_sum", "cumsum", "slice", "pad", "real", "imag", "conj", "name", "optimization_barrier",
+     "sharding_constraint", "reshard")
 )  # fmt: skip
 _GENERATORS = frozenset(("random_bits", "iota", "threefry2x32", "random_gamma"))
 # Functions called with exactly the operands of the node.

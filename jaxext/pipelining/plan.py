@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -17,6 +16,7 @@ from ..rewrite.report import Report
 from . import cost, simulate, timeline
 from .action import Schedule
 from .compiled import CompiledStep
+from .places import Place
 from .simulate import Costs, Timeline
 
 
@@ -55,10 +55,12 @@ class PipelinePlan:
     Attributes:
       name: of the step. batch: its examples; num_microbatches: the parts that they are cut into.
       schedule: the actions of each device in order. stages: of the loss, in order.
-      timeline: of one step as simulated from counted costs; its unit of time is the dearest stage's forward pass.
+      timeline: of one step as simulated from counted costs, where the unit of time is the dearest stage's forward pass,
+        or from measured ones, in theirs.
       bubble: share of the step's time in which the busiest device idles.
       speedup: of the loss's passes over one device, as simulated.
       report: what jaxext's kernels replaced inside the stages. notes: what does not pay, and why.
+      measured: whether the costs are.
     """
 
     name: str
@@ -71,11 +73,12 @@ class PipelinePlan:
     speedup: float
     report: Report
     notes: tuple[str, ...]
+    measured: bool = False
 
     @classmethod
     def of(
         cls, name: str, step: CompiledStep, schedule: Schedule, costs: Costs, batch: int, report: Report,
-        devices: Sequence[Any],
+        places: Sequence[Place], measured: bool = False,
     ) -> PipelinePlan:  # fmt: skip
         simulated = simulate.simulate(schedule, costs)
         work = sum(
@@ -83,11 +86,11 @@ class PipelinePlan:
         )
         one_device = work * step.num_microbatches
         speedup = one_device / simulated.makespan
-        stages = tuple(_stage(step, schedule, simulated, n, devices) for n in range(step.num_stages))
-        notes = tuple(_notes(step, stages, speedup, len(devices)))
+        stages = tuple(_stage(step, schedule, simulated, n, places) for n in range(step.num_stages))
+        notes = tuple(_notes(step, stages, speedup, len(places)))
         return cls(
             name, batch, step.num_microbatches, schedule, stages, simulated,
-            simulated.bubble_fraction, speedup, report, notes,
+            simulated.bubble_fraction, speedup, report, notes, measured,
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -99,6 +102,7 @@ class PipelinePlan:
                 "num_microbatches": self.num_microbatches,
                 "schedule": self.schedule.name,
                 "actions": self.schedule.to_text(),
+                "costs": "measured" if self.measured else "counted",
                 "bubble": self.bubble,
                 "speedup": self.speedup,
                 "stages": [dataclasses.asdict(stage) | {"memory_bytes": stage.memory_bytes} for stage in self.stages],
@@ -126,7 +130,8 @@ class PipelinePlan:
         )
         yield _table(self.stages)
         yield (
-            f"predicted from counted costs: {self.speedup:.2f}x one device, bubble {self.bubble:.0%} of the step; "
+            f"predicted from {'measured' if self.measured else 'counted'} costs: {self.speedup:.2f}x one device, "
+            f"bubble {self.bubble:.0%} of the step; "
             f"kernels in the stages: {', '.join(sorted(self.report.kernels())) or 'none'}"
         )
         yield Text(timeline.to_ascii(self.timeline, min(options.max_width, 100)), no_wrap=True)
@@ -180,14 +185,14 @@ def _size(count: float) -> str:
 
 
 def _stage(
-    step: CompiledStep, schedule: Schedule, simulated: Timeline, number: int, devices: Sequence[Any]
+    step: CompiledStep, schedule: Schedule, simulated: Timeline, number: int, places: Sequence[Place]
 ) -> StagePlan:
     stage, program = step.stages[number], step.programs[number]
     homes = dict(zip(step.typing.micro.inputs, step.homes))
     shared = [value for value in stage.parameters if homes[value] != number]
     total = sum(other.cost for other in step.stages) or 1.0
     return StagePlan(
-        device=str(devices[schedule.placement[number]]),
+        device=str(places[schedule.placement[number]]),
         lines=stage.lines,
         layers=stage.layers,
         share=stage.cost / total,

@@ -8,6 +8,7 @@ the cotangents of the stage before need is the first half, what is left are the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..rewrite import trace
 from ..rewrite.trace import Node, Value
 from . import cost
 from .microbatch import Typing
+from .spread import Spread, localised
 from .stage import Stage, ancestors, evaluate, function, is_float
 
 
@@ -66,14 +68,14 @@ def accumulator_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def build(stage: Stage, typing: Typing, num_microbatches: int, name: str) -> StageProgram:
+def build(stage: Stage, typing: Typing, spread: Spread, name: str) -> StageProgram:
     """Trace a stage's forward and backward functions; kernels are put in where jaxext has them."""
-    return _Builder(stage, typing, num_microbatches, name).build()
+    return _Builder(stage, typing, spread, name).build()
 
 
 class _Builder:
-    def __init__(self, stage: Stage, typing: Typing, num_microbatches: int, name: str) -> None:
-        self._stage, self._typing, self._count, self._name = stage, typing, num_microbatches, name
+    def __init__(self, stage: Stage, typing: Typing, spread: Spread, name: str) -> None:
+        self._stage, self._typing, self._spread, self._name = stage, typing, spread, name
         self._loss = typing.micro.outputs[0]
         self._parameters = [n for n, value in enumerate(stage.parameters) if is_float(value)]
         self._received = [n for n, value in enumerate(stage.receives) if is_float(value)]
@@ -81,19 +83,20 @@ class _Builder:
         self._pull: Any = None
 
     def build(self) -> StageProgram:
-        stage, typing = self._stage, self._typing
-        data = [typing.pair[value].aval for value in stage.data]
+        stage = self._stage
+        data = [self._parts(value) for value in stage.data]
         avals = [
             *(v.aval for v in stage.parameters),
             *(v.aval for v in stage.receives),
             *data,
             jax.typeof(jnp.int32(0)),
         ]
-        closed = compat.trace(self._forward, avals, name=f"{self._name}_forward")
+        place = self._spread.place
+        closed = localised(compat.trace(self._forward, avals, name=f"{self._name}_forward"), place)
         plain = len(stage.sends) + len(stage.collected)
         forward, kept, types = _without_copies(closed, plain)
         sent = [stage.sends[n].aval for n in self._sent]
-        backward = compat.trace(self._backward, [*types, *sent], name=f"{self._name}_backward")
+        backward = localised(compat.trace(self._backward, [*types, *sent], name=f"{self._name}_backward"), place)
         halves = _Halves(backward, len(self._received))
         accumulators = [
             jax.ShapeDtypeStruct(v.shape, accumulator_dtype(v.dtype))
@@ -129,6 +132,7 @@ class _Builder:
             env.update((stage.parameters[n], x) for n, x in zip(self._parameters, own))
             env.update((stage.receives[n], x) for n, x in zip(self._received, incoming))
             evaluate(stage.operations, env, lambda value: self._read(env, value), self._adjust(microbatch))
+            env.update((v, self._spread.pin(env[v], self._typing.types[v].axis)) for v in stage.sends)
             differentiated = [env[stage.sends[n]] for n in self._sent]
             if self._loss in stage.collected:
                 differentiated.append(env[self._loss])
@@ -150,12 +154,17 @@ class _Builder:
         own, incoming = pull(cotangents)
         return [*incoming, *own]
 
+    def _parts(self, value: Value) -> Any:
+        """The type of all microbatches of a value of the batch."""
+        whole = self._typing.pair[value].aval
+        parts = functools.partial(self._spread.parts, axis=self._typing.types[value].axis, count=self._typing.count)
+        return jax.typeof(jax.eval_shape(parts, whole))
+
     def _slice(self, value: Value, array: Any, microbatch: Any) -> Any:
         axis = self._typing.types[value].axis
         if axis is None:
             return array
-        size = value.shape[axis]
-        return jax.lax.dynamic_slice_in_dim(array, microbatch * size, size, axis)
+        return self._spread.pin(jax.lax.dynamic_index_in_dim(array, microbatch, axis, keepdims=False), axis)
 
     def _read(self, env: dict[Value, Any], value: Value) -> Any:
         # A constant that depends on the batch size, such as the 1/N of a mean, is that of the batch.
@@ -165,7 +174,7 @@ class _Builder:
         rules: dict[Node, Callable[[list[Any]], list[Any]]] = {}
         for node, shared in self._typing.shared.items():
             rules[node] = lambda inputs, shared=shared: [
-                x * jnp.asarray(1 / self._count, jnp.result_type(x)) if is_shared else x
+                x * jnp.asarray(1 / self._typing.count, jnp.result_type(x)) if is_shared else x
                 for x, is_shared in zip(inputs, shared)
             ]
         for node, column in self._typing.numbered.items():
@@ -240,20 +249,31 @@ def _accumulating(run: Callable[..., list[Any]], before: int, accumulators: Sequ
         sums = [old + new.astype(old.dtype) for old, new in zip(arrays[split:], results[before:], strict=True)]
         return [*results[:before], *sums]
 
-    return _Donating(add, count, name)
+    return _Donating(add, before, count, name)
 
 
 class _Donating:
-    """A jitted function that donates its last `count` arguments, however many there are before them."""
+    """A jitted function that donates its last `count` arguments, however many there are before them.
 
-    def __init__(self, run: Callable[..., list[Any]], count: int, name: str) -> None:
+    They are its results after the first `before`, and stay sharded as they are.
+    """
+
+    def __init__(self, run: Callable[..., list[Any]], before: int, count: int, name: str) -> None:
         def split(kept: tuple[Any, ...], donated: tuple[Any, ...]) -> list[Any]:
             return run(*kept, *donated)
 
         split.__name__ = split.__qualname__ = name
-        self._count = count
-        self._jitted = accelerate(split, donate_argnums=1)
+        self._split, self._before, self._count = split, before, count
+        self._jitted: dict[tuple[Any, ...], Callable[..., list[Any]]] = {}
 
     def __call__(self, *arrays: Any) -> list[Any]:
         place = len(arrays) - self._count
-        return self._jitted(arrays[:place], arrays[place:])
+        donated = arrays[place:]
+        return self._sharded(tuple([array.sharding for array in donated]))(arrays[:place], donated)
+
+    def _sharded(self, shardings: tuple[Any, ...]) -> Callable[..., list[Any]]:
+        found = self._jitted.get(shardings)
+        if found is None:
+            results = [*[None] * self._before, *shardings]
+            found = self._jitted[shardings] = accelerate(self._split, donate_argnums=1, out_shardings=results)
+        return found

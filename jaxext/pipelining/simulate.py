@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 from .action import COMPUTE, Action, Kind, Result, Schedule, needs
 
@@ -12,8 +13,8 @@ from .action import COMPUTE, Action, Kind, Result, Schedule, needs
 class Costs:
     """Durations for one microbatch, by stage, in seconds or any other one unit.
 
-    A whole backward pass takes `backward_input` + `backward_weight`. What crosses from one rank to another arrives
-    `transfer` + bytes / `bandwidth` later, however much else is under way.
+    A whole backward pass takes `backward_input` + `backward_weight`. What a rank sends leaves it one message after the
+    other, each for bytes / `bandwidth`, as by one network interface, and arrives `transfer` after it has left.
 
     Attributes:
       forward, backward_input, backward_weight: of each stage. transfer: latency of a crossing.
@@ -49,14 +50,14 @@ class Costs:
                 return self.backward_weight[stage]
         return 0.0
 
-    def crossing(self, stage: int) -> float:
-        """The delay between a stage and the next, either way, where they are on different ranks."""
-        return self.transfer + (self.sent_bytes[stage] / self.bandwidth if self.sent_bytes else 0.0)
+    def leaving(self, stage: int) -> float:
+        """How long what goes between a stage and the next, either way, takes to leave its rank."""
+        return self.sent_bytes[stage] / self.bandwidth if self.sent_bytes else 0.0
 
     def check(self, num_stages: int) -> None:
         """
         Raises:
-          ValueError: these are not the costs of so many stages.
+          ValueError: these are not the costs of so many stages, or not all are times.
         """
         for name, least in (("forward", num_stages), ("backward_input", num_stages), ("backward_weight", num_stages),
                             ("sent_bytes", num_stages - 1 if self.sent_bytes else 0)):  # fmt: skip
@@ -65,6 +66,13 @@ class Costs:
                     f"costs.{name} has {len(getattr(self, name))} values, the schedule {num_stages} stages; give one "
                     "value a stage."
                 )
+            if not all(0 <= value < math.inf for value in getattr(self, name)):
+                raise ValueError(f"costs.{name}={getattr(self, name)}: expected finite numbers of at least 0.")
+        if not (self.transfer >= 0 and self.bandwidth > 0):
+            raise ValueError(
+                f"costs.transfer={self.transfer}, costs.bandwidth={self.bandwidth}: expected a time of at least 0, and "
+                "more than 0 bytes per unit of time."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +145,25 @@ class DeadlockError(ValueError):
         super().__init__(f"ranks {', '.join(map(str, waiting))} wait for what is never done before.")
 
 
+class Outbox:
+    """What ranks send each other. `arrived`: when each result that another rank needs is there."""
+
+    def __init__(self, placement: Sequence[int], costs: Costs) -> None:
+        self._placement, self._costs = placement, costs
+        self._free = [0.0] * (max(placement) + 1)
+        self.arrived: dict[Result, float] = {}
+
+    def send(self, result: Result, end: float) -> None:
+        """A rank's result is there at `end`; those of one rank are told in their order."""
+        kind, stage, _ = result
+        target = stage + {Kind.F: 1, Kind.I: -1}.get(kind, 0)
+        rank = self._placement[stage]
+        if not 0 <= target < len(self._placement) or self._placement[target] == rank:
+            return
+        self._free[rank] = max(end, self._free[rank]) + self._costs.leaving(min(stage, target))
+        self.arrived[result] = self._free[rank] + self._costs.transfer
+
+
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     """Run a schedule: each rank does its actions in order, each as soon as what it needs has arrived.
 
@@ -148,6 +175,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     """
     costs.check(schedule.num_stages)
     ended: dict[Result, float] = {}
+    outbox = Outbox(schedule.placement, costs)
     waiters: dict[Result, list[int]] = {}
     waiting: dict[int, tuple[int, Result]] = {}
     clock = [0.0] * schedule.num_ranks
@@ -159,12 +187,13 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         waiting.pop(rank, None)
         for action in schedule.actions[rank][place[rank] :]:
             if action.kind in COMPUTE:
-                start = _start(action, schedule, costs, ended, clock[rank])
+                start = _start(action, schedule, outbox.arrived, ended, clock[rank])
                 if isinstance(start, tuple):
                     waiters.setdefault(start, []).append(rank)
                     waiting[rank] = place[rank], start
                     break
                 clock[rank] = ended[action.result] = start + costs.of(action)
+                outbox.send(action.result, clock[rank])
                 events.append(Event(rank, action, start, clock[rank]))
                 ready += waiters.pop(action.result, [])
             place[rank] += 1
@@ -174,18 +203,15 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
 
 
 def _start(
-    action: Action, schedule: Schedule, costs: Costs, ended: dict[Result, float], clock: float
+    action: Action, schedule: Schedule, arrived: dict[Result, float], ended: dict[Result, float], clock: float
 ) -> float | Result:
     """When an action can start, or a result that it still waits for."""
     start = clock
     for result in needs(action, schedule.num_stages):
-        end = ended.get(result)
-        if end is None:
+        if result not in ended:
             return result
-        stage = result[1]
-        if schedule.placement[stage] != schedule.placement[action.stage]:
-            end += costs.crossing(min(stage, action.stage))
-        start = max(start, end)
+        crosses = schedule.placement[result[1]] != schedule.placement[action.stage]
+        start = max(start, arrived[result] if crosses else ended[result])
     return start
 
 

@@ -7,6 +7,7 @@ JAX's own distributed runtime, whose cluster detection (SLURM, Open MPI, Kuberne
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -27,6 +28,15 @@ _LENGTHS = struct.Struct("!QQ")
 _FAILED = "failed"
 # How long a process that fails waits for its last words to be sent.
 _LAST_WORDS_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Received:
+    """An array of another process: `key`: its kind of random key, "" for a plain array; `spec`: how it was sharded."""
+
+    key: str
+    words: Any
+    spec: tuple[Any, ...] = ()
 
 
 class PeerError(RuntimeError):
@@ -82,19 +92,19 @@ class Transport:
         others = [rank for rank in ranks if rank != self.rank]
         for rank in others:
             self.send(rank, tag, [own])
-        return {self.rank: own} | {rank: self.receive(rank, tag, timeout)[0][1] for rank in others}
+        return {self.rank: own} | {rank: self.receive(rank, tag, timeout)[0].words for rank in others}
 
     def tell(self, message: str) -> None:
         """Tell all peers why this process fails; whoever waits for it, or ever does, gets to know."""
         told = [threading.Event() for _ in self._peers]
         for peer, event in zip(self._peers.values(), told):
-            peer.outbox.put((_FAILED, [("", np.frombuffer(message.encode(), np.uint8))], event))
+            peer.outbox.put((_FAILED, [Received("", np.frombuffer(message.encode(), np.uint8))], event))
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         for event in told:
             event.wait(max(0.0, deadline - time.monotonic()))
 
-    def receive(self, peer: int, tag: str, timeout: float) -> list[tuple[str, np.ndarray]]:
-        """The arrays that `peer` sent under this name; with each its kind of random key, "" for a plain array.
+    def receive(self, peer: int, tag: str, timeout: float) -> list[Received]:
+        """The arrays that `peer` sent under this name.
 
         Raises:
           PeerError: it has failed, is gone, or sent nothing within `timeout` seconds.
@@ -108,15 +118,15 @@ class _Peer:
     def __init__(self, rank: int, connection: socket.socket) -> None:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.outbox: queue.SimpleQueue[tuple[str, list[tuple[str, Any]], threading.Event | None]] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[tuple[str, list[Received], threading.Event | None]] = queue.SimpleQueue()
         self._rank, self._connection = rank, connection
-        self._arrived: dict[str, list[tuple[str, np.ndarray]]] = {}
+        self._arrived: dict[str, list[Received]] = {}
         self._changed = threading.Condition()
         self._lost = ""
         for run in (self._write, self._read):
             threading.Thread(target=run, daemon=True, name=f"jaxext pipeline peer {rank}").start()
 
-    def receive(self, tag: str, timeout: float, own: int) -> list[tuple[str, np.ndarray]]:
+    def receive(self, tag: str, timeout: float, own: int) -> list[Received]:
         deadline = time.monotonic() + timeout
         with self._changed:
             while tag not in self._arrived:
@@ -136,7 +146,7 @@ class _Peer:
         try:
             while True:
                 tag, arrays, sent = self.outbox.get()
-                self._connection.sendall(_packed(tag, [(key, np.asarray(words)) for key, words in arrays]))
+                self._connection.sendall(_packed(tag, arrays))
                 if sent is not None:
                     sent.set()
         except OSError as error:
@@ -148,7 +158,7 @@ class _Peer:
                 header, body = _LENGTHS.unpack(_exactly(self._connection, _LENGTHS.size))
                 tag, arrays = _unpacked(_exactly(self._connection, header), _exactly(self._connection, body))
                 if tag == _FAILED:
-                    self._fail(f"has failed: {arrays[0][1].tobytes().decode()}")
+                    self._fail(f"has failed: {arrays[0].words.tobytes().decode()}")
                     continue
                 with self._changed:
                     self._arrived[tag] = arrays
@@ -181,28 +191,31 @@ def _exactly(connection: socket.socket, count: int) -> bytearray:
     return data
 
 
-def _words(array: Any) -> tuple[str, Any]:
-    """The kind of a typed random key and its words; "" and the array for any other."""
+def _words(array: Any) -> Received:
+    """What is sent of an array; it may still be on its device."""
+    sharding = getattr(array, "sharding", None)
+    spec = tuple(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else ()
     if jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return str(jax.random.key_impl(array)), jax.random.key_data(array)
-    return "", array
+        return Received(str(jax.random.key_impl(array)), jax.random.key_data(array), spec)
+    return Received("", array, spec)
 
 
-def _packed(tag: str, arrays: list[tuple[str, np.ndarray]]) -> bytes:
-    header = json.dumps([tag, [[key, array.dtype.name, array.shape] for key, array in arrays]]).encode()
+def _packed(tag: str, arrays: list[Received]) -> bytes:
+    header = json.dumps([tag, [[a.key, a.words.dtype.name, a.words.shape, a.spec] for a in arrays]]).encode()
     body = io.BytesIO()
-    for _, array in arrays:
-        body.write(np.ascontiguousarray(array).tobytes())
+    for array in arrays:
+        body.write(np.ascontiguousarray(array.words).tobytes())
     return _LENGTHS.pack(len(header), body.tell()) + header + body.getvalue()
 
 
-def _unpacked(header: bytes | bytearray, body: bytes | bytearray) -> tuple[str, list[tuple[str, np.ndarray]]]:
+def _unpacked(header: bytes | bytearray, body: bytes | bytearray) -> tuple[str, list[Received]]:
     tag, types = json.loads(bytes(header))
     arrays, place = [], 0
-    for key, name, shape in types:
+    for key, name, shape, spec in types:
         dtype = jax.numpy.dtype(name)
         count = int(np.prod(shape, dtype=np.int64))
-        arrays.append((key, np.frombuffer(body, dtype, count, place).reshape(shape)))
+        axes = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in spec)
+        arrays.append(Received(key, np.frombuffer(body, dtype, count, place).reshape(shape), axes))
         place += count * dtype.itemsize
     return tag, arrays
 

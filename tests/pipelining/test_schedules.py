@@ -132,7 +132,9 @@ def problems(draw):
     """Ranks, microbatches, chunks, uneven costs, limits of memory."""
     ranks, microbatches, chunks = draw(st.integers(1, 8)), draw(st.integers(1, 24)), draw(st.integers(1, 3))
     each = st.lists(st.floats(0, 4), min_size=ranks * chunks, max_size=ranks * chunks)
-    costs = Costs(*(tuple(draw(each)) for _ in range(3)), draw(st.sampled_from([0.0, 0.3])))
+    sent = st.lists(st.floats(0, 4), min_size=ranks * chunks, max_size=ranks * chunks)
+    link = draw(st.sampled_from([0.0, 0.3])), draw(st.just(()) | sent.map(tuple)), draw(st.sampled_from([1.0, 4.0]))
+    costs = Costs(*(tuple(draw(each)) for _ in range(3)), *link)
     limits = st.lists(st.integers(chunks, 3 * ranks * chunks), min_size=ranks, max_size=ranks)
     return ranks, microbatches, chunks, costs, draw(st.none() | limits)
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from ..action import Action, Kind, Schedule, needs
-from ..simulate import Costs
+from ..simulate import Costs, Outbox
 
 # Of a kind, stage and microbatch: what is least goes first.
 Priority = Callable[[Kind, int, int], tuple[float, ...]]
@@ -39,8 +39,8 @@ def list_schedule(
 class _Passes:
     """All passes of one kind through one stage.
 
-    ended: when, by microbatch; as many as are done. inputs: what each needs, as the `ended` of other passes and the
-    delay until it is there. later: stages behind this one on its rank. enables: ranks that wait for it.
+    ended: when, by microbatch; as many as are done. inputs: what each needs, as other passes. later: stages behind this
+    one on its rank. enables: ranks that wait for it.
     """
 
     kind: Kind
@@ -48,7 +48,7 @@ class _Passes:
     duration: float
     later: int
     ended: list[float] = dataclasses.field(default_factory=list)
-    inputs: list[tuple[list[float], float]] = dataclasses.field(default_factory=list)
+    inputs: list[_Passes] = dataclasses.field(default_factory=list)
     enables: set[int] = dataclasses.field(default_factory=set)
 
 
@@ -63,6 +63,7 @@ class _Run:
         self, count: int, placement: Sequence[int], costs: Costs, max_live: Sequence[int], priority: Priority
     ) -> None:
         self._count, self._priority, self._room = count, priority, list(max_live)
+        self._placement, self._outbox = placement, Outbox(placement, costs)
         self._clock = [0.0] * len(max_live)
         self._ranks: list[list[_Passes]] = [[] for _ in max_live]
         self._actions: list[list[Action]] = [[] for _ in max_live]
@@ -74,9 +75,7 @@ class _Run:
                 self._ranks[rank].append(own)
         for (kind, stage), own in passes.items():
             for needed, other, _ in needs(Action(kind, stage, 0), len(placement)):
-                crosses = placement[other] != placement[stage]
-                delay = costs.crossing(min(stage, other)) if crosses else 0.0
-                own.inputs.append((passes[needed, other].ended, delay))
+                own.inputs.append(passes[needed, other])
                 passes[needed, other].enables.add(placement[stage])
 
     def actions(self) -> tuple[tuple[Action, ...], ...]:
@@ -88,6 +87,7 @@ class _Run:
             self._actions[rank].append(Action(own.kind, own.stage, len(own.ended)))
             self._clock[rank] = start + own.duration
             self._room[rank] += (own.kind is Kind.W) - (own.kind is Kind.F)
+            self._outbox.send((own.kind, own.stage, len(own.ended)), self._clock[rank])
             own.ended.append(self._clock[rank])
             for other in {rank, *own.enables}:
                 choices[other] = self._choice(other)
@@ -110,10 +110,12 @@ class _Run:
         if microbatch == self._count or (own.kind is Kind.F and self._room[rank] <= own.later):
             return None
         start = self._clock[rank]
-        for ended, delay in own.inputs:
-            if len(ended) <= microbatch:
+        for needed in own.inputs:
+            if len(needed.ended) <= microbatch:
                 return None
-            start = max(start, ended[microbatch] + delay)
+            crosses = self._placement[needed.stage] != rank
+            result = (needed.kind, needed.stage, microbatch)
+            start = max(start, self._outbox.arrived[result] if crosses else needed.ended[microbatch])
         return start
 
 
