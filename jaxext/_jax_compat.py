@@ -39,9 +39,11 @@ try:
         xla_bridge,
     )
     from jax._src import linear_util as lu
+    from jax._src.array import ArrayImpl
     from jax._src.interpreters import ad
     from jax._src.interpreters import partial_eval as pe
     from jax._src.lax import lax
+    from jax._src.lib import xla_client as xc  # pyright: ignore[reportPrivateImportUsage]
     from jax._src.named_sharding import UnspecifiedValue
     from jax._src.random import prng
     from jax._src.state.types import AbstractRef
@@ -53,6 +55,7 @@ except ImportError as error:
 
 Literal = jex_core.Literal
 _EMPTY_CELL = CellType()
+_REUSE = xc.ArrayCopySemantics.REUSE_INPUT
 Tracer = core.Tracer
 has_started = xla_bridge.backends_are_initialized  # True once JAX has looked for devices
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
@@ -444,6 +447,15 @@ def out_types(jaxpr: Any) -> list[Any]:
 def is_concrete(x: Any) -> bool:
     """True where the value of an array, traced or not, can be looked at."""
     return core.is_concrete(x)
+
+
+def copied(arrays: list[Any], shardings: list[Any]) -> list[Any]:
+    """Arrays with the same parts on other devices, as many: `jax.device_put` for those who know that it is so."""
+    if all(type(array) is ArrayImpl and not array.is_deleted() for array in arrays):
+        devices = [sharding._internal_device_list for sharding in shardings]
+        return xc.batched_copy_array_to_devices_with_sharding(arrays, devices, shardings, [_REUSE] * len(arrays))
+    # Typed random keys, and what was donated, for which there is an error.
+    return jax.device_put(arrays, shardings)
 
 
 def jitted_function(jitted: Any) -> Callable[..., Any] | None:

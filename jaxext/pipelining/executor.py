@@ -18,9 +18,10 @@ import numpy as np
 from .. import _jax_compat as compat
 from ..rewrite.trace import Value
 from . import cost, placement
-from .action import Action, Kind
+from .action import Action
 from .compiled import CompiledStep, Function, combine_gradients
-from .links import REMOTE, Links, Parcel
+from .links import REMOTE, Links
+from .loss_run import LossRun, StageRun, floating_point_error
 from .measuring import Stopwatch
 from .places import Place
 from .simulate import Costs
@@ -85,11 +86,9 @@ class Executor:
         self._given_to_all = step.given_to_all
         self.last_run = LastRun([0] * len(self._places))
 
-    def zeros(self, stage: int, parameters: Sequence[Any]) -> list[Any]:
+    def _zero(self, stage: int, parameters: Sequence[Any]) -> list[Any]:
         """A stage's sums of gradients, sharded as its parameters are."""
         program = self._step.programs[stage]
-        if not self._local[stage]:
-            return []
         shardings = [parameters[place].sharding for place in program.gradients]
         key = (stage, *shardings)
         if key not in self._zeros:
@@ -155,7 +154,7 @@ class Executor:
         array = arrays.get(value, stage)
         if cost.nbytes(value.aval) <= placement.SMALL:
             # The next step is compiled for these types: they have to be the same on all processes.
-            return compat.with_weak_type(self._links.share(array, stage, f"a result {value.aval}"), value.aval)
+            return compat.with_weak_type(self._links.share(array, stage, value.aval), value.aval)
         return self._links.handle(value.aval, stage) if array is REMOTE else array
 
     def _segments(self, arrays: _Arrays, before: bool) -> None:
@@ -183,14 +182,20 @@ class Executor:
         parameters = [
             [arrays.get(inside[value], n) for value in stage.parameters] for n, stage in enumerate(step.stages)
         ]
-        run = _LossRun(self, data, parameters)
+        stages = [self._stage(n, data[n], own) if self._local[n] else None for n, own in enumerate(parameters)]
+        run = LossRun(self._links, step.programs, stages)
         for action in self._order:
             run.act(action, watch)
-        self.last_run = LastRun(run.peak)
+        self.last_run = LastRun([stage.peak if stage is not None else 0 for stage in stages])
         count = len(loss.graph.outputs)
-        self._results(arrays, run)
+        self._results(arrays, run, data[-1])
         for value, gradient in zip(node.outputs[count:], self._gradients(run), strict=True):
             arrays.put(value, step.placement.home(value), gradient)
+
+    def _stage(self, number: int, data: list[Any], parameters: list[Any]) -> StageRun:
+        program = self._step.programs[number]
+        parts = data[: len(program.stage.data)]
+        return StageRun(program, parameters, parts, self._numbers[number], self._zero(number, parameters))
 
     def _prepared(self, arrays: _Arrays, outside: dict[Value, Value], stage: int) -> list[Any]:
         function = self._step.prepare[stage]
@@ -198,17 +203,18 @@ class Executor:
         with _named(f"what stage {stage} takes of the batch", self._places[stage]):
             return function.run(*given) if self._local[stage] else [REMOTE] * len(function.outputs)
 
-    def _results(self, arrays: _Arrays, run: _LossRun) -> None:
+    def _results(self, arrays: _Arrays, run: LossRun, data: list[Any]) -> None:
+        """The loss's results; `data`: what the last stage took of the batch."""
         step, node = self._step, self._step.captured.node
         last = step.num_stages - 1
         found = _Arrays(self._links)
         for number, stage in enumerate(step.stages):
             if stage.collected:
-                local = self._local[number]
-                whole = step.finish[number](run.collected[number]) if local else [REMOTE] * len(stage.collected)
+                own = run.stages[number]
+                whole = [REMOTE] * len(stage.collected) if own is None else step.finish[number](own.collected)
                 for value, array in zip(stage.collected, whole, strict=True):
                     found.put(step.typing.pair[value], number, array)
-        for value, array in zip(step.prepare[last].outputs, run.data[last]):
+        for value, array in zip(step.prepare[last].outputs, data):
             found.put(value, last, array)
         for value, outside, stage in zip(step.typing.full.inputs, node.inputs, step.homes):
             # A result may be a parameter as it was.
@@ -219,12 +225,12 @@ class Executor:
             stage = step.placement.home(value)
             arrays.put(value, stage, found.get(whole, stage))
 
-    def _gradients(self, run: _LossRun) -> list[Any]:
+    def _gradients(self, run: LossRun) -> list[Any]:
         """The gradients of the parameters, each on the stage where the parameter lives."""
         step = self._step
         parts: dict[Value, list[tuple[int, Any]]] = {}
-        for number, program in enumerate(step.programs):
-            totals = run.totals[number] if self._local[number] else [REMOTE] * len(program.gradients)
+        for number, (program, own) in enumerate(zip(step.programs, run.stages)):
+            totals = [REMOTE] * len(program.gradients) if own is None else own.totals
             for place, total in zip(program.gradients, totals, strict=True):
                 parts.setdefault(program.stage.parameters[place], []).append((number, total))
         return [
@@ -246,128 +252,7 @@ class Executor:
 
 @contextlib.contextmanager
 def _named(what: str, place: Place) -> Iterator[None]:
-    """Under `jax_debug_nans`, the error says what gave the NaN."""
     try:
         yield
     except FloatingPointError as error:
-        reason = str(error).splitlines()[0].rstrip(". ")
-        raise FloatingPointError(
-            f"pipeline: {what}, on {place} of process {place.process_index}: {reason}. Look at these examples and at "
-            "the learning rate; without jax_debug_nans and jax_debug_infs, training goes on as in plain JAX."
-        ) from error
-
-
-def _check(arrays: Sequence[Any]) -> None:
-    """Under `jax_debug_nans`; JAX was seen not to look at every dispatch of a compiled pass."""
-    for name, test in compat.forbidden_values().items():
-        for array in arrays:
-            if jnp.issubdtype(array.dtype, jnp.inexact) and test(array).any():
-                raise FloatingPointError(f"{name} in a result of type {array.dtype}{list(array.shape)}")
-
-
-class _LossRun:
-    """One pass of all microbatches through the stages."""
-
-    def __init__(self, executor: Executor, data: list[list[Any]], parameters: list[list[Any]]) -> None:
-        step = executor._step
-        self._step, self._links, self._numbers = step, executor._links, executor._numbers
-        self._local, self._microbatches = executor._local, step.num_microbatches
-        self._passes = {Kind.F: self._forward, Kind.B: self._backward, Kind.I: self._input, Kind.W: self._weights}
-        self.data, self._parameters = data, parameters
-        self._parts = [own[: len(stage.data)] for own, stage in zip(data, step.stages)]
-        self.totals = [executor.zeros(n, own) for n, own in enumerate(parameters)]
-        self.collected: list[list[list[Any]]] = [[[] for _ in range(step.num_microbatches)] for _ in step.stages]
-        self._sent: dict[tuple[int, int], Parcel] = {}
-        self._received: dict[tuple[int, int], list[Any]] = {}
-        self._incoming: dict[tuple[int, int], list[Any]] = {}
-        self._cotangents: dict[tuple[int, int], Parcel] = {}
-        self._residuals: dict[tuple[int, int], list[Any]] = {}
-        self._handed: dict[tuple[int, int], list[Any]] = {}
-        self._live = [0] * step.num_stages
-        self.peak = [0] * step.num_stages
-
-    def act(self, action: Action, watch: Stopwatch | None) -> None:
-        """Dispatch an action, if it is this process's."""
-        stage, microbatch = action.stage, action.microbatch
-        brought = self._bring(action)
-        if not self._local[stage]:
-            self._hand_on(action, None)
-            return
-        if watch is not None:
-            watch.start(brought)
-        name = f"{action.kind.value}{microbatch} of stage {stage} (microbatch {microbatch} of {self._microbatches})"
-        with _named(name, self._links.places[stage]):
-            results = self._passes[action.kind](stage, microbatch)
-            own = self._step.programs[stage].stage
-            # What is kept for the backward pass may hold anything, as in plain JAX.
-            _check(results[: len(own.sends) + len(own.collected)] if action.kind is Kind.F else results)
-        self._hand_on(action, results)
-        if watch is not None:
-            watch.stop(action, results)
-
-    def _bring(self, action: Action) -> list[Any]:
-        """What an action needs from a neighbouring stage, to its own."""
-        stage, microbatch = action.stage, action.microbatch
-        if action.kind is Kind.F and stage:
-            found = self._received[stage, microbatch] = self._links.take(self._sent.pop((stage - 1, microbatch)))
-            return found
-        if action.kind in (Kind.B, Kind.I) and stage + 1 < self._step.num_stages:
-            found = self._incoming[stage, microbatch] = self._links.take(self._cotangents.pop((stage + 1, microbatch)))
-            return found
-        return []
-
-    def _hand_on(self, action: Action, results: list[Any] | None) -> None:
-        """What a neighbouring stage needs of the results, None for those of another process, on its way at once."""
-        stage, microbatch = action.stage, action.microbatch
-        program = self._step.programs[stage]
-        if action.kind is Kind.F and stage + 1 < self._step.num_stages:
-            count, target, parcels = len(program.stage.sends), stage + 1, self._sent
-        elif action.kind in (Kind.B, Kind.I) and stage:
-            count, target, parcels = len(program.float_received), stage - 1, self._cotangents
-        else:
-            return
-        arrays = [REMOTE] * count if results is None else results[:count]
-        name = f"{action.kind.value}{microbatch} of stage {stage}"
-        parcels[stage, microbatch] = self._links.send(arrays, stage, target, name)
-
-    def _forward(self, stage: int, microbatch: int) -> list[Any]:
-        program = self._step.programs[stage]
-        received = self._received.pop((stage, microbatch), [])
-        number = self._numbers[stage][microbatch]
-        arguments = [*self._parameters[stage], *received, *self._parts[stage], number]
-        returned = program.forward(*arguments)
-        own = program.stage
-        self.collected[stage][microbatch] = returned[len(own.sends) : len(own.sends) + len(own.collected)]
-        self._residuals[stage, microbatch] = program.kept.gather(arguments, returned)
-        self._live[stage] += 1
-        self.peak[stage] = max(self.peak[stage], self._live[stage])
-        return returned
-
-    def _for_backward(self, stage: int, microbatch: int) -> list[Any]:
-        """Residuals, then the cotangents of what the stage sent."""
-        return [*self._residuals[stage, microbatch], *self._incoming.pop((stage, microbatch), [])]
-
-    def _backward(self, stage: int, microbatch: int) -> list[Any]:
-        program = self._step.programs[stage]
-        incoming = self._for_backward(stage, microbatch)
-        results = program.backward(*incoming, *self.totals[stage])
-        self.totals[stage] = results[len(program.float_received) :]
-        self._free(stage, microbatch)
-        return results
-
-    def _input(self, stage: int, microbatch: int) -> list[Any]:
-        program = self._step.programs[stage]
-        incoming = self._for_backward(stage, microbatch)
-        results = program.cotangents(*incoming)
-        self._handed[stage, microbatch] = [*incoming, *results[len(program.float_received) :]]
-        return results
-
-    def _weights(self, stage: int, microbatch: int) -> list[Any]:
-        program = self._step.programs[stage]
-        self.totals[stage] = program.weights(*self._handed.pop((stage, microbatch)), *self.totals[stage])
-        self._free(stage, microbatch)
-        return self.totals[stage]
-
-    def _free(self, stage: int, microbatch: int) -> None:
-        del self._residuals[stage, microbatch]
-        self._live[stage] -= 1
+        raise floating_point_error(what, place, error) from error

@@ -30,7 +30,7 @@ class Remote:
 REMOTE = Remote()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Parcel:
     """Arrays on their way from one stage to another; `name`: what they are."""
 
@@ -57,14 +57,14 @@ class Links:
         """The arrays at their target's place; waits for those of another process."""
         if not parcel.arrays or self.places[parcel.source] is self.places[parcel.target]:
             return parcel.arrays
-        return self.places[parcel.target].put(parcel.arrays)
+        return self.places[parcel.target].bring(parcel.arrays)
 
     def move(self, arrays: Sequence[Any], source: int, target: int, name: str) -> list[Any]:
         """`arrays`, which are on stage `source`, on stage `target`; `name`: what they are."""
         return self.take(self.send(arrays, source, target, name))
 
-    def share(self, array: Any, source: int, name: str) -> Any:
-        """An array on stage `source` for whoever looks at it."""
+    def share(self, array: Any, source: int, aval: Any) -> Any:
+        """A result of the step, of that type, on stage `source`, for whoever looks at it."""
         return array
 
     def handle(self, aval: Any, stage: int) -> Any:
@@ -110,9 +110,9 @@ class ProcessLinks(Links):
         found = self._transport.receive(here, parcel.name, self._timeout)
         return [_array(item, self.places[parcel.target]) for item in found]
 
-    def share(self, array: Any, source: int, name: str) -> Any:
+    def share(self, array: Any, source: int, aval: Any) -> Any:
         here = self._processes[source]
-        tag = f"{name} #{next(self._transport.moves)}"
+        tag = f"a result {aval} #{next(self._transport.moves)}"
         if here != self._transport.rank:
             return _array(self._transport.receive(here, tag, self._timeout)[0])
         for other in set(self._processes) - {here}:

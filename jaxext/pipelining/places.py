@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from .. import _jax_compat as compat
 from .refusal import Refusal
 
 
@@ -25,8 +27,22 @@ class Single:
         return self.device.process_index
 
     def put(self, arrays: Sequence[Any]) -> list[Any]:
-        """The arrays, here."""
-        return jax.device_put(list(arrays), self.device)
+        """The arrays, here; those that are stay as they are."""
+        return [self._put(array) for array in arrays]
+
+    def _put(self, array: Any) -> Any:
+        sharding = getattr(array, "sharding", None)
+        if not isinstance(sharding, SingleDeviceSharding) or not array.is_fully_addressable:
+            return jax.device_put(array, self.device)
+        return array if array.committed and sharding == self._sharding else self.bring([array])[0]
+
+    def bring(self, arrays: list[Any]) -> list[Any]:
+        """Arrays of another stage's place, here: as `put`, but for the time that it takes to look at each."""
+        return compat.copied(arrays, [self._sharding] * len(arrays))
+
+    @functools.cached_property
+    def _sharding(self) -> Sharding:
+        return SingleDeviceSharding(self.device)
 
     def received(self, array: Any, spec: Any) -> Any:
         """An array of another process, here."""
@@ -40,7 +56,7 @@ class Single:
 
     def whole(self) -> Sharding:
         """An array that is here, as a sharding."""
-        return SingleDeviceSharding(self.device)
+        return self._sharding
 
     def tracing(self) -> contextlib.AbstractContextManager[Any]:
         """In which the user's step is traced."""
@@ -69,7 +85,28 @@ class Slice:
         return self.mesh.devices.flat[0].process_index
 
     def put(self, arrays: Sequence[Any]) -> list[Any]:
-        return jax.device_put(list(arrays), [NamedSharding(self.mesh, self.spec(array)) for array in arrays])
+        return [self._put(array) for array in arrays]
+
+    def _put(self, array: Any) -> Any:
+        sharding = getattr(array, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
+            return array
+        return jax.device_put(array, self._of_spec(self.spec(array)))
+
+    def bring(self, arrays: list[Any]) -> list[Any]:
+        if not all(isinstance(array.sharding, NamedSharding) for array in arrays):
+            return self.put(arrays)
+        return compat.copied(arrays, [self._of_spec(array.sharding.spec) for array in arrays])
+
+    def _of_spec(self, spec: PartitionSpec) -> NamedSharding:
+        found = self._shardings.get(spec)
+        if found is None:
+            found = self._shardings[spec] = NamedSharding(self.mesh, spec)
+        return found
+
+    @functools.cached_property
+    def _shardings(self) -> dict[PartitionSpec, NamedSharding]:
+        return {}
 
     def received(self, array: Any, spec: Any) -> Any:
         return jax.device_put(array, NamedSharding(self.mesh, self.inner(spec, "a result")))

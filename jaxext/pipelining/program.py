@@ -41,9 +41,9 @@ class StageProgram:
 
     Attributes:
       forward: (*parameters, *received, *data, microbatch) → (*sent, *collected, *residuals).
-      backward: (*residuals, *cotangents, *accumulators) → (*cotangents of the received, *accumulators).
+      backward: ([*residuals, *cotangents], accumulators) → (*cotangents of the received, *accumulators).
       cotangents: (*residuals, *cotangents) → (*cotangents of the received, *for the weights).
-      weights: (*residuals, *cotangents, *for the weights, *accumulators) → accumulators.
+      weights: ([*residuals, *cotangents, *for the weights], accumulators) → accumulators.
       kept: where the residuals are. gradients: parameters that have one, by place; accumulators: their types.
       float_received, float_sent: by place, what has a cotangent.
       residual_bytes: kept for one microbatch. costs: of `forward`, `cotangents`, `weights`, as in `cost.of_node`.
@@ -51,9 +51,9 @@ class StageProgram:
 
     stage: Stage
     forward: Callable[..., list[Any]]
-    backward: Callable[..., list[Any]]
+    backward: Accumulating
     cotangents: Callable[..., list[Any]]
-    weights: Callable[..., list[Any]]
+    weights: Accumulating
     kept: Kept
     gradients: list[int]
     accumulators: list[jax.ShapeDtypeStruct]
@@ -106,9 +106,9 @@ class _Builder:
         return StageProgram(
             stage=stage,
             forward=_jitted(forward, f"{self._name}_forward"),
-            backward=_accumulating(halves.both, len(self._received), accumulators, f"{self._name}_backward"),
+            backward=Accumulating(halves.both, len(self._received), f"{self._name}_backward"),
             cotangents=_jitted(halves.first, f"{self._name}_cotangents"),
-            weights=_accumulating(halves.second, 0, accumulators, f"{self._name}_weights"),
+            weights=Accumulating(halves.second, 0, f"{self._name}_weights"),
             kept=kept,
             gradients=self._parameters,
             accumulators=accumulators,
@@ -239,41 +239,24 @@ class _Halves:
         self.costs = (sum(map(cost.of_node, ordered)), sum(map(cost.of_node, rest)))
 
 
-def _accumulating(run: Callable[..., list[Any]], before: int, accumulators: Sequence[Any], name: str) -> Any:
+class Accumulating:
     """`run`, whose results after the first `before` are gradients, adding them to accumulators that are donated."""
-    count = len(accumulators)
 
-    def add(*arrays: Any) -> list[Any]:
-        split = len(arrays) - count
-        results = run(*arrays[:split])
-        sums = [old + new.astype(old.dtype) for old, new in zip(arrays[split:], results[before:], strict=True)]
-        return [*results[:before], *sums]
+    def __init__(self, run: Callable[..., list[Any]], before: int, name: str) -> None:
+        def add(given: list[Any], accumulators: list[Any]) -> list[Any]:
+            results = run(*given)
+            sums = [old + new.astype(old.dtype) for old, new in zip(accumulators, results[before:], strict=True)]
+            return [*results[:before], *sums]
 
-    return _Donating(add, before, count, name)
+        add.__name__ = add.__qualname__ = name
+        self._add, self._before = add, before
+        self._jitted: dict[tuple[Any, ...], Callable[[list[Any], list[Any]], list[Any]]] = {}
 
-
-class _Donating:
-    """A jitted function that donates its last `count` arguments, however many there are before them.
-
-    They are its results after the first `before`, and stay sharded as they are.
-    """
-
-    def __init__(self, run: Callable[..., list[Any]], before: int, count: int, name: str) -> None:
-        def split(kept: tuple[Any, ...], donated: tuple[Any, ...]) -> list[Any]:
-            return run(*kept, *donated)
-
-        split.__name__ = split.__qualname__ = name
-        self._split, self._before, self._count = split, before, count
-        self._jitted: dict[tuple[Any, ...], Callable[..., list[Any]]] = {}
-
-    def __call__(self, *arrays: Any) -> list[Any]:
-        place = len(arrays) - self._count
-        donated = arrays[place:]
-        return self._sharded(tuple([array.sharding for array in donated]))(arrays[:place], donated)
-
-    def _sharded(self, shardings: tuple[Any, ...]) -> Callable[..., list[Any]]:
+    def resolve(self, accumulators: Sequence[Any]) -> Callable[[list[Any], list[Any]], list[Any]]:
+        """The jitted function for accumulators that are sharded like these, and stay so."""
+        shardings = tuple(array.sharding for array in accumulators)
         found = self._jitted.get(shardings)
         if found is None:
             results = [*[None] * self._before, *shardings]
-            found = self._jitted[shardings] = accelerate(self._split, donate_argnums=1, out_shardings=results)
+            found = self._jitted[shardings] = accelerate(self._add, donate_argnums=1, out_shardings=results)
         return found

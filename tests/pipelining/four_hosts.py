@@ -52,6 +52,16 @@ def lasting(run, seconds):
     return slowed
 
 
+class Lasting:
+    """A backward pass that ends so many seconds after it began."""
+
+    def __init__(self, backward, seconds):
+        self._backward, self._seconds = backward, seconds
+
+    def resolve(self, accumulators):
+        return lasting(self._backward.resolve(accumulators), self._seconds)
+
+
 def main(folder, seconds, steps):
     pipelined = jaxext.pipeline(step, num_microbatches=4, schedule="1f1b")
     params, x = arguments()
@@ -60,7 +70,7 @@ def main(folder, seconds, steps):
     (built,) = pipelined._built.values()
     for program in built.step.programs:
         program.forward = lasting(program.forward, seconds)
-        program.backward = lasting(program.backward, 2 * seconds)
+        program.backward = Lasting(program.backward, 2 * seconds)
     (params, loss), costs = pipelined.measure(params, x)
     losses.append(float(loss))
     for _ in range(steps):

@@ -60,11 +60,11 @@ def test_every_gradient_leaf_agrees_to_1e_5(shape, schedule):
 
 @pytest.fixture(scope="module")
 def three_steps():
-    """Of plain over 2 x 2 x 2: mesh, results, what was put on slices and compiled in the third step, a plain step."""
+    """Of plain over 2 x 2 x 2: mesh, results, what went to slices and was compiled in the third step, a plain step."""
     crossed, compiled = [], []
 
-    def watched(self, arrays, put=places.Slice.put):
-        found = put(self, arrays)
+    def watched(self, arrays, bring=places.Slice.bring):
+        found = bring(self, arrays)
         crossed.extend((leaf.shape, leaf.sharding.spec[:1]) for leaf in found if leaf.ndim)
         return found
 
@@ -75,7 +75,7 @@ def three_steps():
     with pytest.MonkeyPatch.context() as patch:
         for number in range(3):
             if number == 2:
-                patch.setattr(places.Slice, "put", watched)
+                patch.setattr(places.Slice, "bring", watched)
                 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
             found.append(run_it(*args))
             args = (*found[-1][:2], *args[2:])

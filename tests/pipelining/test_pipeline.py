@@ -10,6 +10,7 @@ import pytest
 from programs import BATCH, LENGTH, PROGRAMS, WIDTH, dense, normal
 
 import jaxext
+from jaxext.pipelining import places
 from jaxext.pipelining.refusal import Refusal
 
 BY_NAME = {program.name: program for program in PROGRAMS}
@@ -53,9 +54,14 @@ def test_the_second_step_moves_no_parameter(monkeypatch):
         moved.extend(leaf.shape for leaf in jax.tree.leaves(x) if leaf.devices() != {device})
         return put(x, device, **options)
 
+    def bringing(self, arrays, bring=places.Single.bring):
+        moved.extend(array.shape for array in arrays)
+        return bring(self, arrays)
+
     monkeypatch.setattr(jax, "device_put", watching)
+    monkeypatch.setattr(places.Single, "bring", bringing)
     pipelined(params, state, *args[2:])
-    assert (WIDTH, WIDTH) not in moved
+    assert (WIDTH, WIDTH) not in moved and (2, WIDTH) in moved
 
 
 def test_the_plan_says_what_runs_where():
