@@ -3,7 +3,7 @@
 The hosts of the test share a machine's cores, those of a cluster do not: so each pass computes, and then sleeps until a
 fixed time after it began, in which it leaves the cores to the others.
 
-Arguments: folder, seconds of a forward pass, steps.
+Arguments: folder, steps, then for each of several pipelines its schedule and the seconds of a forward pass.
 """
 
 import json
@@ -62,8 +62,9 @@ class Lasting:
         return lasting(self._backward.resolve(accumulators), self._seconds)
 
 
-def main(folder, seconds, steps):
-    pipelined = jaxext.pipeline(step, num_microbatches=4, schedule="1f1b")
+def measured(schedule, seconds, steps):
+    """What is seen of a pipeline here, and what this process has of the parameters."""
+    pipelined = jaxext.pipeline(step, num_microbatches=4, schedule=schedule)
     params, x = arguments()
     params, loss = pipelined(params, x)
     losses, times = [float(loss)], []
@@ -80,10 +81,16 @@ def main(folder, seconds, steps):
         times.append(time.perf_counter() - start)
     predicted = simulate(built.schedule, costs).makespan
     found = {"losses": losses, "seconds": times, "predicted": predicted, "latency": costs.transfer}
-    found |= {"bandwidth": costs.bandwidth, "forward": costs.forward}
-    (Path(folder) / f"{jax.process_index()}.json").write_text(json.dumps(found))
-    np.savez(Path(folder) / f"{jax.process_index()}.npz", *(w for w in params if w.is_fully_addressable))
+    return found | {"bandwidth": costs.bandwidth}, [w for w in params if w.is_fully_addressable]
+
+
+def main(folder, steps, *cases):
+    for schedule, seconds in zip(cases[::2], cases[1::2]):
+        found, own = measured(schedule, float(seconds), int(steps))
+        place = Path(folder) / f"{schedule}_{jax.process_index()}"
+        place.with_suffix(".json").write_text(json.dumps(found))
+        np.savez(place.with_suffix(".npz"), *own)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(*sys.argv[1:])

@@ -15,14 +15,17 @@ from network import NotPermitted, address, hosts
 import jaxext
 
 PROGRAM = Path(__file__).parent / "four_hosts.py"
-KBIT, DELAY_MS, FORWARD_SECONDS, STEPS = 2000, 10, 0.15, 3
+KBIT, DELAY_MS, STEPS = 1000, 10, 3
+# Seconds of a forward pass: passes take longer than their messages of 66 ms, or messages wait for each other.
+CASES = {"1f1b": 0.15, "gpipe": 0.03}
 
 
 def run_on(names, folder):
     """The program as one process in each namespace; their output and exit codes."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     launch = [sys.executable, "-P", "-m", "jaxext", "launch", "-n", str(len(names))]
-    where = [str(PROGRAM), str(folder), str(FORWARD_SECONDS), str(STEPS)]
+    cases = [str(word) for case in CASES.items() for word in case]
+    where = [str(PROGRAM), str(folder), str(STEPS), *cases]
     processes = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, *launch, "--rank", str(rank), "--coordinator", f"{address(0)}:5077", *where],
@@ -55,12 +58,17 @@ def test_four_hosts_on_a_slow_link_give_the_bits_of_one_process_in_the_time_that
     except NotPermitted as reason:
         pytest.skip(f"four hosts on a shaped link: {reason}")
     assert not any(code for _, code in done), "\n".join(output for output, _ in done)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     losses, params = run_here()
-    for rank, own in enumerate(found):
-        assert own["losses"] == losses
-        (mine,) = np.load(tmp_path / f"{rank}.npz").values()
-        np.testing.assert_array_equal(mine, params[rank])
+    for schedule in CASES:
+        found = [json.loads((tmp_path / f"{schedule}_{rank}.json").read_text()) for rank in range(4)]
+        for rank, own in enumerate(found):
+            assert own["losses"] == losses
+            (mine,) = np.load(tmp_path / f"{schedule}_{rank}.npz").values()
+            np.testing.assert_array_equal(mine, params[rank])
+        check_times(found, delayed)
+
+
+def check_times(found, delayed):
     # All know the same link. Of a message of 8 KiB the shaper lets a packet of 1.6 KB through at once.
     link, *others = [(own["latency"], own["bandwidth"]) for own in found]
     assert others == [link] * 3
