@@ -44,7 +44,7 @@ class StagePlan:
 
     @property
     def memory_bytes(self) -> int:
-        """Parameters, one gradient of each, and the residuals at their peak."""
+        """Parameters, one gradient of each, and the residuals at their peak; all devices of a slice together."""
         return 2 * self.parameter_bytes + self.peak_live * self.residual_bytes
 
 

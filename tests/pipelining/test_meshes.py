@@ -16,7 +16,7 @@ from programs import BATCH, WIDTH, dense, normal
 from test_pipeline_parity import difference, leaves, plainly, run, types
 
 import jaxext
-from jaxext.pipelining import places
+from jaxext.pipelining import placement, places
 from jaxext.pipelining.refusal import Refusal
 
 PROCESSES = Path(__file__).parent / "meshed_processes.py"
@@ -73,6 +73,8 @@ def three_steps():
     run_it = jaxext.pipeline(step, mesh=mesh, num_microbatches=4, check=True)
     found = []
     with pytest.MonkeyPatch.context() as patch:
+        # As if the parameters were large: what is small is on every stage.
+        patch.setattr(placement, "SMALL", 1 << 10)
         for number in range(3):
             if number == 2:
                 patch.setattr(places.Slice, "bring", watched)
@@ -170,9 +172,8 @@ def test_the_plan_names_the_devices_of_each_slice():
 def test_a_mesh_of_stages_alone_is_a_list_of_devices():
     mesh = Mesh(np.array(jax.devices()[:4]), ("pipe",))
     step, args, _ = meshed.plain(None)
-    results = jaxext.pipeline(step, mesh=mesh, axis="pipe", num_microbatches=4)(*args)
-    assert difference(leaves(jax.jit(step)(*args)[2:]), leaves(results[2:])) <= 1e-5
-    assert [next(iter(w["up"].devices())).id for w in results[0]["hidden"]][::5] == [0, 3]
+    plan = jaxext.pipeline(step, mesh=mesh, axis="pipe", num_microbatches=4).plan(*args)
+    assert [stage.device for stage in plan.stages] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
 
 
 @pytest.mark.parametrize(
