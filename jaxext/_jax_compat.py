@@ -243,11 +243,6 @@ def array_type(shape: Sequence[int], dtype: Any) -> Any:
     return core.ShapedArray(tuple(shape), dtype)
 
 
-def unsharded(aval: Any) -> Any:
-    """The abstract value of an array, wherever it is: without the mesh that its type names."""
-    return aval if aval.sharding.mesh.empty else aval.update(sharding=None)
-
-
 def same_type(a: Any, b: Any) -> bool:
     """True where two abstract values agree in everything but weak typing."""
     return core.typecompat(a, b) and getattr(a, "weak_type", None) == getattr(b, "weak_type", None)
@@ -300,17 +295,6 @@ def as_array(x: Any, aval: Any) -> Any:
 def saves(decision: Any) -> bool:
     """True where a checkpoint policy's answer is to keep the value, in memory or offloaded."""
     return decision is True or isinstance(decision, (pe.SaveableType, pe.Offloadable))
-
-
-def shard_map_options(params: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `jax.shard_map` that make an equation with these parameters."""
-    return {
-        "mesh": params["mesh"],
-        "in_specs": tuple(params["in_specs"]),
-        "out_specs": tuple(params["out_specs"]),
-        "check_vma": params["check_vma"],
-        "axis_names": set(params["newly_manual_axes"]),
-    }
 
 
 def bind(eqn: Any, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
@@ -465,18 +449,11 @@ def jitted_function(jitted: Any) -> Callable[..., Any] | None:
 
 
 def jit_options(jitted: Any) -> dict[str, Any]:
-    """The static and donated arguments of what `jax.jit` returned, as options of `jax.jit`."""
+    """The static and donated arguments of what `jax.jit` returned, as its options, and the leaves of its shardings."""
     info = getattr(jitted, "_jit_info", None)
     names = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
+    names = (*names, "in_shardings_leaves", "out_shardings_leaves")
     return {name: value for name in names if (value := getattr(info, name, ()))}
-
-
-def jit_shardings(jitted: Any) -> list[str]:
-    """Those of `in_shardings` and `out_shardings` that what `jax.jit` returned was given."""
-    info = getattr(jitted, "_jit_info", None)
-    names = ("in_shardings", "out_shardings")
-    leaves = {name: getattr(info, f"{name}_leaves", ()) for name in names}
-    return [name for name in names if any(isinstance(leaf, jax.sharding.Sharding) for leaf in leaves[name])]
 
 
 def jit_like(jitted: Any, fun: Callable[..., Any]) -> Any:

@@ -103,12 +103,13 @@ class Pipelined:
         functools.update_wrapper(self, step)
         self._step = _plain(step)
         self._signature = inspect.signature(self._step)
-        for name in compat.jit_shardings(step):
-            raise ValueError(
-                f"pipeline: train_step is jitted with {name}, but each stage has a mesh of its own. Leave it out, and "
-                "put the arguments where they belong: jax.device_put(array, NamedSharding(mesh, …)). They stay there."
-            )
         own = compat.jit_options(step)
+        for name in ("in_shardings", "out_shardings"):
+            if any(isinstance(leaf, jax.sharding.Sharding) for leaf in own.pop(f"{name}_leaves", ())):
+                raise ValueError(
+                    f"pipeline: train_step is jitted with {name}, but each stage has a mesh of its own. Leave it out, "
+                    "and put the arguments where they belong: jax.device_put(array, NamedSharding(mesh, …))."
+                )
         is_filtered = filtered.is_filter_jitted(step)
         if is_filtered:
             own = filtered.donated(step, list(self._signature.parameters))

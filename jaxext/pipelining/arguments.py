@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _jax_compat as compat
 from .._check import has_nnx
 from . import filtered
 from .refusal import Refusal
@@ -72,7 +71,7 @@ class Call:
 
     @property
     def types(self) -> list[Any]:
-        return [compat.unsharded(jax.typeof(leaf)) for leaf in self.leaves]
+        return [_type(leaf) for leaf in self.leaves]
 
     def output(self) -> Any:
         """What `results` needs to know of the traced step."""
@@ -127,7 +126,7 @@ def flatten(step: Callable[..., Any], signature: inspect.Signature, options: Opt
         definition,
         tuple(sorted(static.items())),
         constants,
-        tuple(compat.unsharded(jax.typeof(leaf)) for leaf in leaves),
+        tuple(_type(leaf) for leaf in leaves),
     )
     return Call(leaves, [owner for owner, _ in free], key, run, box, objects)
 
@@ -139,6 +138,12 @@ def _array(leaf: Any, owner: str) -> Any:
         f"pipeline: argument {owner!r} holds a {type(leaf).__name__}, which is no array. "
         "Name it in static_argnames, as with jax.jit."
     )
+
+
+def _type(leaf: Any) -> Any:
+    """The type of an array, wherever it is: without the mesh that it may name."""
+    found = jax.typeof(leaf)
+    return found if found.sharding.mesh.empty else found.update(sharding=None)
 
 
 def donated(call: Call, options: Options) -> list[int]:

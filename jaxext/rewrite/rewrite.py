@@ -179,5 +179,12 @@ def _is_saved(policy: Callable[..., Any], node: Node | None) -> bool:
 
 
 def _run_shard_map(node: Node, plan: Plan, inputs: list[Any]) -> Sequence[Any]:
-    options = compat.shard_map_options(node.params)
-    return jax.shard_map(lambda *shards: tuple(replay(plan, shards)), **options)(*inputs)
+    params = node.params
+    return jax.shard_map(
+        lambda *shards: tuple(replay(plan, shards)),
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=set(params["newly_manual_axes"]),
+    )(*inputs)
