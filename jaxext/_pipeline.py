@@ -84,15 +84,14 @@ def pipeline(
     if unknown:
         raise TypeError(f"pipeline: unknown option {unknown[0]!r}. The options of jax.jit it takes: {_JIT_OPTIONS}.")
     names = (batch_argnames,) if isinstance(batch_argnames, str) else batch_argnames
-    if train_step is None:
-        return functools.partial(
-            pipeline, num_stages=num_stages, num_microbatches=num_microbatches, schedule=schedule,
-            num_chunks=num_chunks, mesh=mesh, axis=axis, devices=devices, batch_argnames=names, check=check,
-            timeout=timeout, **jit_options,
-        )  # fmt: skip
+    make = functools.partial(_pipelined, request, names, check, jit_options)
+    return make if train_step is None else make(train_step)
+
+
+def _pipelined(request: Request, batch: Any, check: bool, jit_options: dict[str, Any], train_step: Any) -> Any:
     if not callable(train_step):
         raise TypeError(f"pipeline: train_step is {train_step!r}, expected a callable. Decorate a train step.")
-    pipelined = Pipelined(train_step, request, names, jit_options)
+    pipelined = Pipelined(train_step, request, batch, jit_options)
     return Checked(pipelined) if check else pipelined
 
 

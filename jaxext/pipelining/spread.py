@@ -92,7 +92,8 @@ class _Localiser:
         if type(value) in (tuple, list):
             values = [self._value(item, eqn) for item in value]
             return value if all(new is old for new, old in zip(values, value)) else type(value)(values)
-        if isinstance(value, NamedSharding):
+        # Types name an empty mesh where there is none.
+        if isinstance(value, NamedSharding) and not value.mesh.empty:
             return self._sharding(value, eqn)
         if isinstance(value, (Mesh, AbstractMesh)) and isinstance(self._place, Slice) and not value.empty:
             own = self._place.mesh.abstract_mesh

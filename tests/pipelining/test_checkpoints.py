@@ -14,6 +14,7 @@ from test_several_processes import launch, run_here
 
 import jaxext
 from jaxext.pipelining import gathering
+from jaxext.pipelining.transport import Received
 
 PROGRAM = Path(__file__).parent / "checkpointed.py"
 BY_NAME = {program.name: program for program in PROGRAMS}
@@ -84,6 +85,6 @@ def test_gathering_in_one_process_brings_leaves_to_the_host():
 def test_a_leaf_that_no_process_has_is_an_error():
     missing = {0: np.array([0, 1], np.uint8), 1: np.array([1, 1], np.uint8)}
     transport = types.SimpleNamespace(rank=1, moves=itertools.count(), exchange=lambda *_: missing, send=None)
-    transport.receive = lambda *_: [("", np.zeros(2))]
+    transport.receive = lambda *_: [Received("", np.zeros(2))]
     with pytest.raises(ValueError, match=r"no process has leaf 1\. Give each process the same state"):
         gathering.gather([np.zeros(2), np.zeros(3)], transport, {0, 1}, 1.0)
