@@ -114,7 +114,9 @@ def test_kernels_run_inside_the_stages():
     (built,) = pipelined._built.values()
     program = built.step.programs[1]
     shapes = [v.aval for v in program.stage.parameters + program.stage.receives]
-    shapes += [built.step.typing.pair[v].aval for v in program.stage.data] + [jnp.int32(0)]
+    prepare = built.step.prepare[1]
+    shapes += jax.eval_shape(prepare.run, *(value.aval for value in prepare.inputs))[: len(program.stage.data)]
+    shapes.append(jnp.int32(0))
     lowered = program.forward.lower(*(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes)).as_text()
     assert lowered.count("custom_call @jaxext_attention_forward") == 2
 
