@@ -438,8 +438,7 @@ def copied(arrays: list[Any], shardings: list[Any]) -> list[Any]:
     if all(type(array) is ArrayImpl and not array.is_deleted() for array in arrays):
         devices = [sharding._internal_device_list for sharding in shardings]
         return xc.batched_copy_array_to_devices_with_sharding(arrays, devices, shardings, [_REUSE] * len(arrays))
-    # Typed random keys, and what was donated, for which there is an error.
-    return jax.device_put(arrays, shardings)
+    return jax.device_put(arrays, shardings)  # typed random keys; and the error for what was donated
 
 
 def jitted_function(jitted: Any) -> Callable[..., Any] | None:
@@ -451,9 +450,8 @@ def jitted_function(jitted: Any) -> Callable[..., Any] | None:
 def jit_options(jitted: Any) -> dict[str, Any]:
     """The static and donated arguments of what `jax.jit` returned, as its options, and the leaves of its shardings."""
     info = getattr(jitted, "_jit_info", None)
-    names = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
-    names = (*names, "in_shardings_leaves", "out_shardings_leaves")
-    return {name: value for name in names if (value := getattr(info, name, ()))}
+    names = "static_argnums static_argnames donate_argnums donate_argnames in_shardings_leaves out_shardings_leaves"
+    return {name: value for name in names.split() if (value := getattr(info, name, ()))}
 
 
 def jit_like(jitted: Any, fun: Callable[..., Any]) -> Any:
