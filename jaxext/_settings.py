@@ -19,6 +19,7 @@ KERNELS = (
     "attention",
     "layer_norm",
     "rms_norm",
+    "group_norm",
     "softmax_cross_entropy",
     "linear_cross_entropy",
     "matmul",

@@ -1,4 +1,4 @@
-// Layer and RMS normalisation: a call's operands and results, checked and put in the order of the kernels' arguments.
+// Normalisation: a call's operands and results, checked and put in the order of the kernels' arguments.
 #pragma once
 #include "cpu/norm.h"
 #include "ffi.h"
@@ -23,13 +23,18 @@ struct NormReader {
     return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
   }
 
+  // f32 values, one for each element of an array of shape `expected`.
+  template <class Buffer>
+  float* statistic(const Buffer& buffer, const char* name, ffi::Span<const int64_t> expected) {
+    const bool same = same_shape(buffer.dimensions(), expected) && buffer.element_type() == ffi::DataType::F32;
+    if (!same && error.success()) error = bad_argument(op, name, "f32 of shape " + shape_text(expected));
+    return static_cast<float*>(buffer.untyped_data());
+  }
+
+  // One for each row of x.
   template <class Buffer>
   float* statistic(const Buffer& buffer, const char* name) {
-    const auto dims = buffer.dimensions();
-    bool same = dims.size() + 1 == shape.size() && buffer.element_type() == ffi::DataType::F32;
-    for (size_t d = 0; same && d < dims.size(); d++) same = dims[d] == shape[d];
-    if (!same && error.success()) error = bad_argument(op, name, "f32 of x's shape without its last dimension");
-    return static_cast<float*>(buffer.untyped_data());
+    return statistic(buffer, name, {shape.begin(), shape.size() - 1});
   }
 };
 

@@ -10,6 +10,7 @@ from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT
 from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
+from jaxext.kernels._group_norm import GROUP_NORM, group_norm, group_norm_refusal
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
@@ -28,6 +29,8 @@ __all__ = [
     "attention_op",
     "attention_refusal",
     "export",
+    "group_norm",
+    "group_norm_refusal",
     "layer_norm",
     "layer_norm_refusal",
     "linear_cross_entropy",
@@ -40,7 +43,7 @@ __all__ = [
 
 _PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
 _WINDOWS_AND_ROWS = (DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT, GATHER, SCATTER)
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS_AND_ROWS)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, GROUP_NORM, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS_AND_ROWS)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

@@ -31,7 +31,8 @@ class Axis:
         return f"Axis({self.size})"
 
 
-Dims = tuple[tuple[Axis, ...], ...]
+Axes = tuple[Axis, ...]
+Dims = tuple[Axes, ...]
 Splits = dict[Axis, tuple[Axis, Axis]]
 
 
@@ -188,6 +189,18 @@ def reduced(view: View, node: Node, axis: Axis) -> View:
     dims = list(view.dims)
     (place,) = node.params["axes"]
     dims.insert(int(place), (axis,))
+    return View(node.inputs[0], tuple(dims))
+
+
+def reduced_over(view: View, node: Node, axes: Axes) -> View | None:
+    """The operand of a reduction whose dimensions are given the labels `axes`, in order; None where they do not fit."""
+    places = sorted(node.params["axes"])
+    grouped = regroup((axes,), [node.inputs[0].shape[place] for place in places])
+    if grouped is None:
+        return None
+    dims = list(view.dims)
+    for place, dim in zip(places, grouped):
+        dims.insert(int(place), dim)
     return View(node.inputs[0], tuple(dims))
 
 

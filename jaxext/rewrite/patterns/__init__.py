@@ -9,6 +9,7 @@ from . import (
     cross_entropy,
     cumulative,
     dot,
+    group_norm,
     indexed_rows,
     linear_cross_entropy,
     max_pool,
@@ -25,6 +26,7 @@ PATTERNS: tuple[Pattern, ...] = (
     attention.PATTERN,
     norm.LAYER_NORM,
     norm.RMS_NORM,
+    group_norm.PATTERN,
 )
 
 # What is exchanged once nobody differentiates the program any more.

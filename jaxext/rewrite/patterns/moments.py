@@ -1,10 +1,11 @@
-"""Means and second moments over one axis: what norms divide by."""
+"""Means and second moments over some axes: what norms divide by."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from ..axes import Axis, View, climb, contract, operand, operands, reduced, same_view, up
+from ..axes import Axes, Axis, View, climb, contract, operand, operands, reduced_over, same_view, up
 from ..facts import Facts, source, widens
 
 # The relative difference to which 1 / n and its rounded form agree.
@@ -23,7 +24,7 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """factor * sum(x) over one axis."""
+    """factor * sum(x) over some axes."""
 
     x: View
     factor: float
@@ -37,8 +38,8 @@ def uncast(view: View) -> View:
     return best
 
 
-def total(facts: Facts, view: View, feature: Axis) -> Sum | None:
-    """`view` as a number times a sum over `feature`: a mean, in any spelling."""
+def total(facts: Facts, view: View, over: Axes) -> Sum | None:
+    """`view` as a number times a sum over `over`: a mean, in any spelling."""
     factor = 1.0
     while True:
         view = climb(view)
@@ -58,11 +59,9 @@ def total(facts: Facts, view: View, feature: Axis) -> Sum | None:
             view = sides[0]
         elif node.primitive == "select_n" and len(sides) == 3 and numbers[0] is not None:
             view = sides[1 + int(bool(numbers[0]))]
-        elif node.primitive == "reduce_sum" and len(node.params["axes"]) == 1 and feature not in view.axes:
-            source_view = reduced(view, node, feature)
-            if source_view.value.shape[node.params["axes"][0]] != feature.size:
-                return None
-            return Sum(source_view, factor)
+        elif node.primitive == "reduce_sum" and not any(axis in view.axes for axis in over):
+            above = reduced_over(view, node, over)
+            return None if above is None else Sum(above, factor)
         else:
             return None
 
@@ -95,24 +94,26 @@ def unshifted(facts: Facts, view: View) -> View:
     return view
 
 
-def centred(facts: Facts, view: View) -> View | None:
-    """x where `view` is x - mean(x) over one dimension."""
+def centred(facts: Facts, view: View, over: Axes) -> View | None:
+    """x where `view` is x - mean(x) over `over`."""
     view = climb(view)
     node = source(view.value)
     if node is None or node.primitive != "sub":
         return None
     x, mean = operands(view)
-    missing = [axis for axis in view.axes if axis not in climb(mean).axes]
-    if len(missing) != 1:
-        return None
-    found = total(facts, mean, missing[0])
-    if found is None or not _is_mean(found, missing[0]) or not same_view(facts, found.x, x):
+    found = total(facts, mean, over)
+    if found is None or not _is_mean(found, over) or not same_view(facts, found.x, x):
         return None
     return x
 
 
-def _is_mean(found: Sum, feature: Axis) -> bool:
-    return abs(found.factor * feature.size - 1.0) < _CLOSE
+def size(over: Axes) -> int:
+    """How many values are added up over `over`."""
+    return math.prod(axis.size for axis in over)
+
+
+def _is_mean(found: Sum, over: Axes) -> bool:
+    return abs(found.factor * size(over) - 1.0) < _CLOSE
 
 
 def statistic(facts: Facts, view: View) -> str:
@@ -121,8 +122,8 @@ def statistic(facts: Facts, view: View) -> str:
     return node.primitive if node is not None else ""
 
 
-def moment(facts: Facts, view: View, feature: Axis) -> Moment | None:
-    """`view` as a second moment plus epsilon over `feature`."""
+def moment(facts: Facts, view: View, over: Axes) -> Moment | None:
+    """`view` as a second moment plus epsilon over `over`."""
     epsilon = 0.0
     view = climb(view)
     node = source(view.value)
@@ -134,20 +135,20 @@ def moment(facts: Facts, view: View, feature: Axis) -> Moment | None:
                 break
         else:
             return None
-    found = _fast_variance(facts, view, feature) or _of_products(facts, view, feature)
+    found = _fast_variance(facts, view, over) or _of_products(facts, view, over)
     if found is None:
-        summed = total(facts, view, feature)
+        summed = total(facts, view, over)
         if summed is None:
             return None
         x = squared(facts, summed.x)
         if x is None:
             return None
-        inner = centred(facts, x)
+        inner = centred(facts, x, over)
         found = Moment(x, False, summed.factor, 0.0) if inner is None else Moment(inner, True, summed.factor, 0.0)
     return dataclasses.replace(found, epsilon=epsilon)
 
 
-def _fast_variance(facts: Facts, view: View, feature: Axis) -> Moment | None:
+def _fast_variance(facts: Facts, view: View, over: Axes) -> Moment | None:
     """mean(x^2) - mean(x)^2, clipped at zero or not."""
     view = climb(view)
     node = source(view.value)
@@ -161,19 +162,19 @@ def _fast_variance(facts: Facts, view: View, feature: Axis) -> Moment | None:
     if node is None or node.primitive != "sub":
         return None
     of_squares, square_of = operands(view)
-    first = total(facts, of_squares, feature)
+    first = total(facts, of_squares, over)
     mean = squared(facts, square_of)
     if first is None or mean is None:
         return None
-    second, x = total(facts, mean, feature), squared(facts, first.x)
+    second, x = total(facts, mean, over), squared(facts, first.x)
     if second is None or x is None or not same_view(facts, second.x, x):
         return None
-    if not (_is_mean(first, feature) and _is_mean(second, feature)):
+    if not (_is_mean(first, over) and _is_mean(second, over)):
         return None
-    return Moment(x, True, 1.0 / feature.size, 0.0)
+    return Moment(x, True, 1.0 / size(over), 0.0)
 
 
-def _of_products(facts: Facts, view: View, feature: Axis) -> Moment | None:
+def _of_products(facts: Facts, view: View, over: Axes) -> Moment | None:
     """sum(x * x) written as a product of x with itself, times a number."""
     factor = 1.0
     view = climb(view)
@@ -194,12 +195,12 @@ def _of_products(facts: Facts, view: View, feature: Axis) -> Moment | None:
     if len(batch) != len(view.dims):
         return None
     left, right, contracted = contract(view, node)
-    if len(contracted) != 1 or contracted[0].size != feature.size:
+    if len(contracted) != 1 or len(over) != 1 or contracted[0].size != over[0].size:
         return None
-    x, other = (_renamed(side, contracted[0], feature) for side in (left, right))
+    x, other = (_renamed(side, contracted[0], over[0]) for side in (left, right))
     if not same_view(facts, x, other):
         return None
-    inner = centred(facts, x)
+    inner = centred(facts, x, over)
     x = x if inner is None else inner
     return Moment(x, inner is not None, factor, 0.0)
 

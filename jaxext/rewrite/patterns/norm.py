@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,11 @@ import jax.numpy as jnp
 
 from ...kernels import _norm
 from ...kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_norm_refusal
-from ..axes import Axis, View, label, operands, same_view, shrink
+from ..axes import Axes, View, label, operands, same_view, shrink
 from ..facts import CAST, Facts, casts_floats, is_float, source, users
 from ..match import Match, NoMatch, Pattern
 from ..trace import Graph, Node, Value
-from .moments import Moment, centred, moment, statistic, uncast, unshifted
+from .moments import Moment, centred, moment, size, statistic, uncast, unshifted
 
 # A product of numbers this close to 1 is 1: it comes from rounding sqrt(n) and 1 / n.
 _ONE = 1e-6
@@ -75,20 +76,32 @@ def _match(root: Value, graph: Graph, is_centred: bool) -> Match:
 
 
 def _find(root: Value, graph: Graph) -> Norm:
-    node = root.node
-    if node is None or not root.shape or not is_float(root) or root.shape[-1] < 2:
+    if root.node is None or not root.shape or not is_float(root) or root.shape[-1] < 2:
         raise NoMatch("not a norm")
-    facts, view = Facts.of(graph), label(root)
+    view = label(root)
+    norm = find(graph, view, view.dims[-1], view.dims[-1])
+    if norm.x.dims != view.dims:
+        raise NoMatch("the norm is not over the last axis", near=True)
+    if norm.bias is not None and not norm.is_centred:
+        raise NoMatch("an RMS norm with a bias")
+    return norm
+
+
+def find(graph: Graph, view: View, over: Axes, channels: Axes) -> Norm:
+    """The norm that `view` is the result of, with statistics over `over`, scales and a bias over `channels`."""
+    node = view.value.node
+    if node is None:
+        raise NoMatch("not a norm")
+    facts = Facts.of(graph)
     if node.primitive == CAST:
         view = _before_cast(graph, view, node)
-    (feature,) = view.dims[-1]
-    bias, view = _bias(facts, graph, view, feature)
+    bias, view = _bias(graph, view, channels)
     top = source(view.value)
     if top is None or top.primitive not in ("mul", "div"):
         raise NoMatch("not a product")
     product = Product()
     _collect(facts, graph, view, 1.0, product, _DEPTH, top=True)
-    return _read(facts, view, feature, product, bias)
+    return _read(facts, over, channels, product, bias)
 
 
 def _before_cast(graph: Graph, view: View, node: Node) -> View:
@@ -101,19 +114,19 @@ def _before_cast(graph: Graph, view: View, node: Node) -> View:
     return View(wide, view.dims)
 
 
-def _vector(view: View, feature: Axis) -> View | None:
-    """`view` as a vector over the features, None where it is none."""
+def _vector(view: View, channels: Axes) -> View | None:
+    """`view` as a vector over the channels, None where it is none."""
     small = shrink(view)
-    return small if small.axes == (feature,) and math.prod(small.value.shape) == feature.size else None
+    return small if small.axes == channels and math.prod(small.value.shape) == size(channels) else None
 
 
-def _bias(facts: Facts, graph: Graph, view: View, feature: Axis) -> tuple[View | None, View]:
+def _bias(graph: Graph, view: View, channels: Axes) -> tuple[View | None, View]:
     node = source(view.value)
     if node is None or node.primitive != "add":
         return None, view
     left, right = operands(view)
     for chain, other in ((left, right), (right, left)):
-        vector = _vector(other, feature)
+        vector = _vector(other, channels)
         if vector is not None and len(chain.axes) == len(view.axes) and _only_used_by(graph, chain.value, node):
             chain = _through_casts(graph, chain)
             return vector, chain
@@ -169,37 +182,33 @@ def _may_open(graph: Graph, below: View, view: View, node: Node) -> bool:
     return not whole or (len(users(graph, view.value)) <= 1 and not graph.escapes(view.value))
 
 
-def _read(facts: Facts, view: View, feature: Axis, product: Product, bias: View | None) -> Norm:
+def _read(facts: Facts, over: Axes, channels: Axes, product: Product, bias: View | None) -> Norm:
     roots = [(factor, exponent) for factor, exponent in product.factors if abs(exponent) == 0.5]
     if len(roots) != 1 or roots[0][1] != -0.5:
         near = not roots and len(product.factors) == 2 and bias is None and _divides_by_shifted_root(facts, product)
         raise NoMatch("epsilon is added to the standard deviation, not to the variance" if near else "no root", near)
-    spread = moment(facts, roots[0][0], feature)
+    spread = moment(facts, roots[0][0], over)
     if spread is None:
-        raise NoMatch("the root is not of a second moment over the last axis")
+        raise NoMatch("the root is not of a second moment over the axes of the norm")
     rest = [(factor, exponent) for factor, exponent in product.factors if abs(exponent) != 0.5]
-    x = _input(facts, rest, spread)
+    x = _input(facts, rest, spread, over)
     scales = []
     for factor, exponent in rest:
-        vector = _vector(factor, feature)
+        vector = _vector(factor, channels)
         if vector is None or exponent != 1.0:
-            raise NoMatch("a factor of the norm is not a vector over the features")
+            raise NoMatch("a factor of the norm is not a vector over the channels")
         scales.append(vector)
-    if x.dims != view.dims:
-        raise NoMatch("the norm is not over the last axis", near=True)
-    if bias is not None and not spread.is_centred:
-        raise NoMatch("an RMS norm with a bias")
-    number = product.number / math.sqrt(spread.factor * feature.size)
-    epsilon = spread.epsilon / (spread.factor * feature.size)
+    number = product.number / math.sqrt(spread.factor * size(over))
+    epsilon = spread.epsilon / (spread.factor * size(over))
     return Norm(x, spread.is_centred, epsilon, number, tuple(scales), bias)
 
 
-def _input(facts: Facts, rest: list[tuple[View, float]], spread: Moment) -> View:
+def _input(facts: Facts, rest: list[tuple[View, float]], spread: Moment, over: Axes) -> View:
     """Take the (centred) input out of the factors."""
     for index, (factor, exponent) in enumerate(rest):
         if exponent != 1.0:
             continue
-        found = centred(facts, factor)
+        found = centred(facts, factor, over)
         if spread.is_centred and found is not None and same_view(facts, found, spread.x):
             del rest[index]
             return uncast(found)
@@ -223,6 +232,15 @@ def _divides_by_shifted_root(facts: Facts, product: Product) -> bool:
 # ---------------------------------------------------------------- the call
 
 
+def combined(scales: Sequence[Any], number: float, channels: int) -> Any:
+    """One scale: the product of `scales` and `number`, None where that is 1."""
+    scale = functools.reduce(operator.mul, scales) if scales else None
+    if abs(number - 1.0) <= _ONE:
+        return scale
+    wide = jnp.ones(channels, jnp.float32) if scale is None else scale
+    return wide.astype(jnp.promote_types(wide.dtype, jnp.float32)) * number
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """`call(x, [residual], *scales, [bias]) -> (result,)`, or with the sum as a second result."""
@@ -242,12 +260,9 @@ class Call:
         given: dict[str, Any] = {"residual": rest.pop(0) if self.has_residual else None}
         vectors = [array.reshape(-1) for array in rest]
         scales, bias = vectors[: self.n_scales], vectors[self.n_scales :]
-        given["scale"] = functools.reduce(operator.mul, scales) if scales else None
+        given["scale"] = combined(scales, self.number, x.shape[-1])
         if self.is_centred:
             given["bias"] = bias[0] if self.has_bias else None
-        if abs(self.number - 1.0) > _ONE:
-            wide = jnp.ones(x.shape[-1:], jnp.float32) if given["scale"] is None else given["scale"]
-            given["scale"] = wide.astype(jnp.promote_types(wide.dtype, jnp.float32)) * self.number
         return x, given
 
     def __call__(self, *arrays: Any) -> tuple[Any, ...]:
