@@ -34,8 +34,8 @@ def accelerate(
 
     Args:
       fn: the function; None gives a decorator.
-      require: kernels that must be used: `attention`, `layer_norm`, `rms_norm`, `softmax_cross_entropy`,
-        `linear_cross_entropy`.
+      require: kernels that must be used: `attention`, `layer_norm`, `rms_norm`, `group_norm`,
+        `softmax_cross_entropy`, `linear_cross_entropy`.
       exclude: kernels not to use.
       check: the first call also runs plain JAX, on copies of the arguments, and compares the results and the state of
         flax.nnx objects: float32 to 1e-4 of a leaf's largest value, half precision to 2e-2.

@@ -8,7 +8,7 @@ reads x and the cotangent twice and writes dx; the gradients of scale and bias f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax

@@ -12,6 +12,7 @@ BYTES, COLUMNS = 16 << 20, 1024  # native/cpu/rows.h: from here on stores do not
 FUNCTIONS = {
     "layer_norm": lambda x, _: kernels.layer_norm(x),
     "rms_norm": lambda x, _: kernels.rms_norm(x),
+    "group_norm": lambda x, _: kernels.group_norm(x.reshape(-1, 64, COLUMNS), groups=8).reshape(x.shape),
     "cross_entropy": kernels.softmax_cross_entropy,
     "target_cross_entropy": lambda x, _: kernels.softmax_cross_entropy(x, jnp.full(x.shape, 1 / COLUMNS, x.dtype)),
 }

@@ -19,6 +19,7 @@ from jaxext.kernels import (
     _cumulative,
     _depthwise,
     _dot,
+    _group_norm,
     _indexed_rows,
     _max_pool,
     _norm,
@@ -48,6 +49,13 @@ def norms(*extras, residual=()):
         lambda rows, n, extras, scale: _norm._spec("", (rows, n), extras, scale), ROWS, SIZES, chosen(*subsets),
         chosen(None, "float32"),
     )  # fmt: skip
+
+
+def group_norms():
+    def make(images, pixels, groups, width, n_extras, scale):
+        return _group_norm._spec("", (images, pixels, groups * width), groups, ("scale", "bias")[:n_extras], scale)
+
+    return st.builds(make, ROWS, SMALL, chosen(1, 2, 3, 8), SMALL, chosen(0, 1, 2), chosen(None, "float32"))
 
 
 def labels(rows, n, low, smoothing, out_of_range):
@@ -117,6 +125,7 @@ DIFFERENTIABLE = {
     "rms_norm": (_norm.RMS_NORM, norms("scale")),
     "add_layer_norm": (_norm.ADD_LAYER_NORM, norms("scale", "bias", residual=("residual",))),
     "add_rms_norm": (_norm.ADD_RMS_NORM, norms("scale", residual=("residual",))),
+    "group_norm": (_group_norm.GROUP_NORM, group_norms()),
     "cross_entropy": (
         _cross_entropy.LABELS,
         st.builds(labels, ROWS, SIZES, chosen(0, 1), chosen(0.0, 0.1), chosen("nan", "zero")),

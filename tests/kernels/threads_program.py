@@ -67,10 +67,16 @@ def pooled(x):
     return result, MAX_POOL_GRADIENT(result, images, **params)
 
 
+def grouped(x):
+    images = jnp.tile(x.reshape(1, -1, 64), (3, 1, 1))  # of more than one task each
+    return kernels.group_norm(images, x[0, :64], x[1, :64], groups=8)
+
+
 CALLS = {
     "attention": through_gradient(attend),
     "layer_norm": through_gradient(lambda x: kernels.layer_norm(x, x[0], x[1])),
     "rms_norm": through_gradient(lambda x: kernels.rms_norm(x, x[0], residual=x)[0]),
+    "group_norm": through_gradient(grouped),
     "cross_entropy": through_gradient(lambda x: kernels.softmax_cross_entropy(x, LABELS)),
     "target_cross_entropy": through_gradient(lambda x: kernels.softmax_cross_entropy(x, jax.nn.softmax(x))),
     "linear_cross_entropy": through_gradient(lambda x: kernels.linear_cross_entropy(x, x.T, LABELS % ROWS)),
