@@ -33,6 +33,7 @@ KERNELS = (
     "convolution",
     "max_pool",
     "recurrence",
+    "elementwise",
 )
 
 

@@ -14,7 +14,7 @@ from .. import _jax_compat as compat
 from .._settings import Settings
 from ..kernels import _platform
 from ..kernels._op import Op
-from . import written
+from . import unrounded, written
 from .plan import HIGHER_ORDER, LOCATION, left_out
 from .report import Entry, Report
 
@@ -48,14 +48,14 @@ class Exchange:
 def exchange(jaxpr: Any, settings: Settings, exchanges: Sequence[Exchange], location: str) -> tuple[Any, Report]:
     """`jaxpr` with its primitives exchanged, None where it stays as it is, and what was exchanged."""
     wanted = {e.primitive: e for e in exchanges if e.kernel not in settings.exclude}
-    walk = _Walk(wanted)
-    new = walk.inside(jaxpr, location) if wanted else jaxpr
+    walk = _Walk(wanted, unrounded.KERNEL not in settings.exclude)
+    new = walk.inside(jaxpr, location)
     return (None if new is jaxpr else new), walk.report
 
 
 class _Walk:
-    def __init__(self, wanted: Mapping[str, Exchange]) -> None:
-        self._wanted = wanted
+    def __init__(self, wanted: Mapping[str, Exchange], finds_chains: bool) -> None:
+        self._wanted, self._finds_chains = wanted, finds_chains
         self._known: dict[int, tuple[Any, Any]] = {}
         self.report = Report()
 
@@ -63,7 +63,14 @@ class _Walk:
         """The function, exchanged; itself where nothing changed. One that is called several times is walked once."""
         if id(jaxpr) not in self._known:
             opened, _ = compat.open_jaxpr(jaxpr)
-            equations = [new for eqn in opened.eqns for new in self._equations(eqn, location)]
+            flat, chains = unrounded.find(opened) if self._finds_chains else (opened.eqns, {})
+            equations = []
+            for eqn in flat:
+                chain = chains.get(id(eqn))
+                if chain is None:
+                    equations += self._equations(eqn, location)
+                elif chain.end is eqn:
+                    equations.append(self._unrounded(chain, location))
             same = len(equations) == len(opened.eqns) and all(new is old for new, old in zip(equations, opened.eqns))
             # The original is kept with the new one, so that its id is not given to another.
             self._known[id(jaxpr)] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
@@ -93,6 +100,15 @@ class _Walk:
         first = [] if wanted.before is None else [wanted.before(eqn)]
         operands = first[0].outvars if first else eqn.invars
         return [*first, eqn.replace(primitive=op.primitive, params=dict(params), invars=list(operands))]
+
+    def _unrounded(self, chain: unrounded.Chain, location: str) -> Any:
+        end, shapes = chain.end, tuple(compat.short_type(var.aval) for var in chain.operands)
+        detail = f"{len(chain.equations)} operations, rounded once"
+        dtype = str(end.outvars[0].aval.dtype)
+        self.report.replaced.append(
+            Entry(unrounded.KERNEL, shapes, dtype, compat.user_line(end), location, detail=detail)
+        )
+        return written.equation_for(chain.equations, chain.operands, chain.run, f"jaxext_{unrounded.KERNEL}")
 
     def _higher_order(self, eqn: Any, location: str) -> Any:
         if left_out("", eqn):

@@ -6,7 +6,7 @@ does not always survive being written otherwise. Both are known only when the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,17 +24,47 @@ _written.multiple_results = True
 
 def equation(run: Callable[..., Any], eqn: Any, name: str) -> Any:
     """An equation in the place of `eqn`; on one CPU device it calls jitted `run(*operands)`, known as `name`."""
+    return equation_for([eqn], eqn.invars, run, name)
 
-    def named(*operands: Any) -> Any:
-        return run(*operands)
+
+def equation_for(equations: Sequence[Any], operands: Sequence[Any], run: Callable[..., Any], name: str) -> Any:
+    """As `equation`, in the place of several that read `operands` and of which only the last one's results are read."""
+
+    def named(*arrays: Any) -> Any:
+        return run(*arrays)
 
     named.__name__ = named.__qualname__ = name
-    types = [var.aval for var in eqn.invars]
+    types, end = [var.aval for var in operands], equations[-1]
     # Under disable_jit there would be no call.
     with jax.disable_jit(False):
         written = compat.trace(lambda *xs: jax.tree.leaves(jax.jit(named)(*xs)), types)
-        original = compat.trace(lambda *xs: compat.bind(eqn, xs, eqn.params), types)
-    return eqn.replace(primitive=_written, params={PARAMETER: written, "original": original})
+        original = compat.trace(lambda *xs: evaluate(equations, operands, xs, end.outvars), types)
+    return end.replace(primitive=_written, invars=list(operands), params={PARAMETER: written, "original": original})
+
+
+def is_literal(var: Any) -> bool:
+    """Whether an operand of an equation is a number that the equation holds."""
+    return hasattr(var, "val")
+
+
+def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
+    return compat.bind(eqn, inputs, eqn.params)
+
+
+def evaluate(
+    equations: Sequence[Any],
+    operands: Sequence[Any],
+    arrays: Sequence[Any],
+    results: Sequence[Any],
+    bind: Callable[[Any, list[Any]], list[Any]] = _bind,
+) -> list[Any]:
+    """The variables `results` of equations whose `operands` are `arrays`, each equation run by `bind`."""
+    known = dict(zip(operands, arrays, strict=True))
+    for eqn in equations:
+        with compat.source_of(eqn):
+            outputs = bind(eqn, [var.val if is_literal(var) else known[var] for var in eqn.invars])
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [known[var] for var in results]
 
 
 @_written.def_impl
