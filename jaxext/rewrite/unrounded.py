@@ -1,10 +1,10 @@
 """Chains of bfloat16 arithmetic computed in float32 and rounded once, where they end.
 
-On a CPU, XLA computes each bfloat16 operation in float32 and rounds its result, which costs more than most operations do.
-Here a value stays unrounded where nothing but one chain of elementwise operations reads it: such a value is in no array.
-What is a result, or is read by a comparison, a cast or anything else, is rounded as ever, and so is what the program
-itself rounds (`astype`, `lax.reduce_precision`). It is what XLA's `xla_allow_excess_precision`, which is on unless
-somebody switches it off, permits, and does on other platforms.
+On a CPU, XLA computes each bfloat16 operation in float32 and rounds its result, which costs more than most operations
+do. Here a value stays unrounded where nothing but one chain of elementwise operations reads it: such a value is in no
+array. What is a result, or is read by a comparison, a cast or anything else, is rounded as ever, and so is what the
+program itself rounds (`astype`, `lax.reduce_precision`). XLA does the same on other platforms, where
+`xla_allow_excess_precision`, which is on unless somebody switches it off, permits it.
 """
 
 from __future__ import annotations
