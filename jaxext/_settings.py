@@ -20,6 +20,7 @@ KERNELS = (
     "layer_norm",
     "rms_norm",
     "group_norm",
+    "linear_recurrence",
     "softmax_cross_entropy",
     "linear_cross_entropy",
     "matmul",

@@ -13,6 +13,7 @@ from jaxext.kernels._export import export
 from jaxext.kernels._group_norm import GROUP_NORM, group_norm, group_norm_refusal
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_refusal
+from jaxext.kernels._linear_recurrence import LINEAR_RECURRENCE
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
 from jaxext.kernels._native_module import load_cuda
 from jaxext.kernels._norm import OPS as _NORMS
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 _PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
-_WINDOWS_AND_ROWS = (DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT, GATHER, SCATTER)
+_WINDOWS_AND_ROWS = (LINEAR_RECURRENCE, DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT, GATHER, SCATTER)
 OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, GROUP_NORM, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS_AND_ROWS)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.

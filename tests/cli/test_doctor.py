@@ -66,7 +66,7 @@ def test_settings_that_cost_speed_get_advice():
             {"JAXEXT_KERNELS": "-attentoin"},
             "environment",
             "JAXEXT_KERNELS: unknown kernel 'attentoin'. The kernels are attention, layer_norm, rms_norm, group_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "linear_recurrence, softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
             "gather, scatter, random_bits, convolution, max_pool, recurrence, elementwise.",
         ),
     ],

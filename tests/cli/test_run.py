@@ -228,6 +228,6 @@ def test_an_unreadable_variable_ends_the_program_with_the_remedy(tmp_path):
     assert ours.returncode == 2
     assert ours.stderr == (
         "jaxext run: JAXEXT_KERNELS: unknown kernel 'attentoin'. The kernels are attention, layer_norm, rms_norm, "
-        "group_norm, softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
-        "gather, scatter, random_bits, convolution, max_pool, recurrence, elementwise.\n"
+        "group_norm, linear_recurrence, softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, "
+        "cumsum, gather, scatter, random_bits, convolution, max_pool, recurrence, elementwise.\n"
     )

@@ -21,6 +21,7 @@ from jaxext.kernels import (
     _dot,
     _group_norm,
     _indexed_rows,
+    _linear_recurrence,
     _max_pool,
     _norm,
     _product,
@@ -126,6 +127,10 @@ DIFFERENTIABLE = {
     "add_layer_norm": (_norm.ADD_LAYER_NORM, norms("scale", "bias", residual=("residual",))),
     "add_rms_norm": (_norm.ADD_RMS_NORM, norms("scale", residual=("residual",))),
     "group_norm": (_group_norm.GROUP_NORM, group_norms()),
+    "linear_recurrence": (
+        _linear_recurrence.LINEAR_RECURRENCE,
+        st.builds(lambda *shape: _linear_recurrence._spec("", *shape), ROWS, SMALL, SIZES),
+    ),
     "cross_entropy": (
         _cross_entropy.LABELS,
         st.builds(labels, ROWS, SIZES, chosen(0, 1), chosen(0.0, 0.1), chosen("nan", "zero")),

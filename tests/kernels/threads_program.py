@@ -17,6 +17,7 @@ from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT, Window
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
+from jaxext.kernels._linear_recurrence import LINEAR_RECURRENCE
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
 from jaxext.kernels._product import PRODUCT
 from jaxext.kernels._random_bits import RANDOM_BITS
@@ -67,6 +68,11 @@ def pooled(x):
     return result, MAX_POOL_GRADIENT(result, images, **params)
 
 
+def recurrent(x):
+    steps = x.reshape(3, 16, 1024)
+    return LINEAR_RECURRENCE(jnp.tanh(steps), steps)[0]
+
+
 def grouped(x):
     images = jnp.tile(x.reshape(1, -1, 64), (3, 1, 1))  # of more than one task each
     return kernels.group_norm(images, x[0, :64], x[1, :64], groups=8)
@@ -77,6 +83,7 @@ CALLS = {
     "layer_norm": through_gradient(lambda x: kernels.layer_norm(x, x[0], x[1])),
     "rms_norm": through_gradient(lambda x: kernels.rms_norm(x, x[0], residual=x)[0]),
     "group_norm": through_gradient(grouped),
+    "linear_recurrence": through_gradient(recurrent),
     "cross_entropy": through_gradient(lambda x: kernels.softmax_cross_entropy(x, LABELS)),
     "target_cross_entropy": through_gradient(lambda x: kernels.softmax_cross_entropy(x, jax.nn.softmax(x))),
     "linear_cross_entropy": through_gradient(lambda x: kernels.linear_cross_entropy(x, x.T, LABELS % ROWS)),

@@ -155,7 +155,7 @@ def test_disable_in_the_environment_makes_install_do_nothing(monkeypatch):
         (
             {"exclude": "sorting"},
             "install(exclude=): unknown kernel 'sorting'. The kernels are attention, layer_norm, rms_norm, group_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "linear_recurrence, softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
             "gather, scatter, random_bits, convolution, max_pool, recurrence, elementwise.",
         ),
     ],

@@ -39,7 +39,7 @@ def test_strict():
         (
             {"JAXEXT_KERNELS": "-atention"},
             "JAXEXT_KERNELS: unknown kernel 'atention'. The kernels are attention, layer_norm, rms_norm, group_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "linear_recurrence, softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
             "gather, scatter, random_bits, convolution, max_pool, recurrence, elementwise.",
         ),
         (
@@ -56,7 +56,7 @@ def test_strict():
         (
             {"JAXEXT_DISABLE": "1", "JAXEXT_KERNELS": "-x"},
             "JAXEXT_KERNELS: unknown kernel 'x'. The kernels are attention, layer_norm, rms_norm, group_norm, "
-            "softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
+            "linear_recurrence, softmax_cross_entropy, linear_cross_entropy, matmul, top_k, sort, argmax, cumsum, "
             "gather, scatter, random_bits, convolution, max_pool, recurrence, elementwise.",
         ),
     ],

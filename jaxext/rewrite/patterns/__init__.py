@@ -12,6 +12,7 @@ from . import (
     group_norm,
     indexed_rows,
     linear_cross_entropy,
+    linear_recurrence,
     max_pool,
     norm,
     random_bits,
@@ -27,6 +28,7 @@ PATTERNS: tuple[Pattern, ...] = (
     norm.LAYER_NORM,
     norm.RMS_NORM,
     group_norm.PATTERN,
+    linear_recurrence.PATTERN,
 )
 
 # What is exchanged once nobody differentiates the program any more.
