@@ -87,16 +87,6 @@ def with_equations(jaxpr: Any, equations: Sequence[Any]) -> Any:
     return jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(eqns=list(equations)))
 
 
-def variable(aval: Any) -> Any:
-    """A new variable of a jaxpr."""
-    return jex_core.Var(aval)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def is_dropped(var: Any) -> bool:
-    """Whether a result of an equation has no name, as nobody reads it."""
-    return isinstance(var, jex_core.DropVar)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def is_jaxpr(x: Any) -> bool:
     return isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr))  # pyright: ignore[reportPrivateImportUsage]
 

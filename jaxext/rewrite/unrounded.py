@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import DropVar, Var
 
 from .. import _jax_compat as compat
 from .plan import left_out
@@ -84,12 +85,12 @@ def _inlined(eqn: Any) -> list[Any]:
     if eqn.primitive.name not in _CALLS or not _is_arithmetic(eqn):
         return [eqn]
     inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
-    results = {own: var for own, var in zip(inner.outvars, eqn.outvars) if not compat.is_dropped(var)}
+    results = {own: var for own, var in zip(inner.outvars, eqn.outvars) if not isinstance(var, DropVar)}
     named = dict(zip(inner.invars, eqn.invars)) | results
     equations = []
     for each in inner.eqns:
         for var in each.outvars:
-            named.setdefault(var, compat.variable(var.aval))
+            named.setdefault(var, Var(var.aval))
         read = [var if is_literal(var) else named[var] for var in each.invars]
         made = [named[var] for var in each.outvars]
         equations += _inlined(each.replace(invars=read, outvars=made, source_info=eqn.source_info))
