@@ -9,6 +9,7 @@ from . import (
     cross_entropy,
     cumulative,
     dot,
+    gathered_product,
     group_norm,
     indexed_rows,
     linear_cross_entropy,
@@ -29,6 +30,7 @@ PATTERNS: tuple[Pattern, ...] = (
     norm.RMS_NORM,
     group_norm.PATTERN,
     linear_recurrence.PATTERN,
+    gathered_product.PATTERN,
 )
 
 # What is exchanged once nobody differentiates the program any more.

@@ -29,9 +29,9 @@ def _whole_rows(rank: int, indices: Any, indexed: Any, collapsed: Any, window: A
     )
 
 
-def _gather(eqn: Any) -> tuple[Op, Mapping[str, Any]] | None:
-    table, indices = (var.aval for var in eqn.invars)
-    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+def gathers_whole_rows(params: Mapping[str, Any], table: Any, indices: Any) -> bool:
+    """Whether a gather with `params` reads rows of `table`, each whole, by the numbers of its leading dimensions."""
+    numbers, depth = params["dimension_numbers"], indices.shape[-1]
     whole = _whole_rows(
         len(table.shape),
         indices,
@@ -40,8 +40,13 @@ def _gather(eqn: Any) -> tuple[Op, Mapping[str, Any]] | None:
         numbers.offset_dims,
         numbers.operand_batching_dims,
     )
-    depth = indices.shape[-1]
-    if not whole or tuple(eqn.params["slice_sizes"]) != (*(1,) * depth, *table.shape[depth:]):
+    return whole and tuple(params["slice_sizes"]) == (*(1,) * depth, *table.shape[depth:])
+
+
+def _gather(eqn: Any) -> tuple[Op, Mapping[str, Any]] | None:
+    table, indices = (var.aval for var in eqn.invars)
+    mode = eqn.params["mode"]
+    if not gathers_whole_rows(eqn.params, table, indices):
         return None
     if GATHER.refusal(table, indices, fill=None) is not None or not gather_gains(table, indices):
         return None
