@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
 from .. import _jax_compat as compat
 from ..kernels import _sharding
@@ -35,11 +35,8 @@ def equation_for(equations: Sequence[Any], operands: Sequence[Any], run: Callabl
 
     named.__name__ = named.__qualname__ = name
     types, end = [var.aval for var in operands], equations[-1]
-    # Under disable_jit there would be no call.
-    with jax.disable_jit(False):
-        written = compat.trace(lambda *xs: jax.tree.leaves(jax.jit(named)(*xs)), types)
-        original = compat.trace(lambda *xs: evaluate(equations, operands, xs, end.outvars), types)
-    return end.replace(primitive=_written, invars=list(operands), params={PARAMETER: written, "original": original})
+    params = _traced(jax.jit(named), lambda *xs: evaluate(equations, operands, xs, end.outvars), types)
+    return end.replace(primitive=_written, invars=list(operands), params=params)
 
 
 def is_literal(var: Any) -> bool:
@@ -67,6 +64,18 @@ def evaluate(
     return [known[var] for var in results]
 
 
+def call(run: Callable[..., Any], original: Callable[..., Any], *operands: Any) -> list[Any]:
+    """The results of `run(*operands)` on one CPU device, elsewhere and where differentiated those of `original`."""
+    return _written.bind(*operands, **_traced(jax.jit(run), original, [jax.typeof(x) for x in operands]))
+
+
+def _traced(run: Callable[..., Any], original: Callable[..., Any], types: Sequence[Any]) -> dict[str, Any]:
+    # Under disable_jit there would be no call.
+    with jax.disable_jit(False):
+        written, original = (compat.trace(lambda *xs, f=f: jax.tree.leaves(f(*xs)), types) for f in (run, original))
+    return {PARAMETER: written, "original": original}
+
+
 @_written.def_impl
 def _run(*operands: Any, **params: Any) -> Any:
     with jax.disable_jit(False):
@@ -87,6 +96,19 @@ def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, written: Any, 
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
 
 
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, original: Any, **_: Any) -> Any:
+    return jax.jvp(jaxpr_as_fun(original), tuple(primals), tuple(ad.instantiate_zeros(t) for t in tangents))
+
+
+def _batch(operands: Sequence[Any], dims: Sequence[Any], *, written: Any, original: Any) -> Any:
+    run, otherwise = (jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(dims)) for jaxpr in (written, original))
+    results = call(run, otherwise, *operands)
+    return results, [0] * len(results)
+
+
+ad.primitive_jvps[_written] = _jvp
+batching.primitive_batchers[_written] = _batch
+compat.check_as(_written, lambda *, original, **_: jaxpr_as_fun(original))
 mlir.register_lowering(_written, _lower)
 mlir.register_lowering(_written, _lower_for_cpu, platform="cpu")
 compat.lower_with_devices(_written)

@@ -8,6 +8,7 @@ from . import (
     convolution,
     cross_entropy,
     cumulative,
+    distances,
     dot,
     gathered_product,
     group_norm,
@@ -31,6 +32,7 @@ PATTERNS: tuple[Pattern, ...] = (
     group_norm.PATTERN,
     linear_recurrence.PATTERN,
     gathered_product.PATTERN,
+    distances.PATTERN,
 )
 
 # What is exchanged once nobody differentiates the program any more.
