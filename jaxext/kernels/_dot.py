@@ -1,7 +1,8 @@
-"""`lax.dot_general` of bfloat16 operands, multiplied in bfloat16 and accumulated in float32.
+"""`lax.dot_general` of bfloat16 operands, multiplied in bfloat16 and accumulated in float32, and of few float32 rows.
 
-XLA widens them on CPU and multiplies at float32's rate; AVX512-BF16 has twice that. Where the dimensions lie one after
-the other in memory (those of the batch first) they are read where they are, otherwise XLA transposes them first.
+XLA widens bfloat16 on CPU and multiplies at float32's rate; AVX512-BF16 has twice that. Where the dimensions lie one
+after the other in memory (those of the batch first) they are read where they are, otherwise XLA transposes them first.
+A few float32 rows times a matrix, as in a step of a recurrent network, XLA runs at a quarter of the peak.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ Dimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Seq
 # Below, starting the call costs what the multiplication gains; measured in tests/bench/bench_dot.py.
 LEAST_FLOPS = 1 << 24
 LEAST_SIDE = 16
+# Of float32 rows, with the matrix in the second-level caches; below, XLA is as fast.
+FEW_ROWS, FEW_ROWS_MATRIX = (8, 64), (1 << 17, 1 << 20)
+FEW_ROWS_LEAST_FLOPS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,27 +77,34 @@ def _product(
     batch = [a.shape[d] for d in dimension_numbers[1][0]]
     operands = [jax.lax.transpose(x, v.order).reshape(v.shape) for x, v in ((a, left), (b, right))]
     turned = {"a_turned": left.turned, "b_turned": right.turned}
-    (out,) = PRODUCT(*operands, **turned, rounds=True, out_dtype=preferred_element_type)
+    (out,) = PRODUCT(*operands, **turned, rounds=a.dtype == jnp.bfloat16, out_dtype=preferred_element_type)
     return (out.reshape((*batch, *a_free, *b_free)),)
 
 
 def _refuses(a: Any, b: Any, *, dimension_numbers: Dimensions, preferred_element_type: str) -> str | None:
+    if preferred_element_type == "float32" and a.dtype == b.dtype == jnp.float32:
+        return None
     for name, aval in (("a", a), ("b", b)):
         if aval.dtype != jnp.bfloat16:
-            return f"'{name}' is {aval.dtype}; the kernel takes bfloat16"
+            return f"'{name}' is {aval.dtype}; the kernel takes bfloat16, or float32 for a float32 result"
     if preferred_element_type not in ("bfloat16", "float32"):
         return f"the result is {preferred_element_type}; the kernel gives bfloat16 and float32"
     return None
 
 
 def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
-    """Whether the kernel is faster than XLA: bfloat16 instructions, and a product large enough both ways."""
+    """Whether the kernel beats XLA: bfloat16 instructions and a product large enough both ways, or few rows."""
     native = _native_module.load()
-    if native is None or native.active_isa() != "v4bf16":
-        return False
+    isa = None if native is None else native.active_isa()
     left, right = _views(a, b, dimension_numbers)
     batch, k, m = left.shape if left.turned else (left.shape[0], left.shape[2], left.shape[1])
     n = right.shape[1] if right.turned else right.shape[2]
+    if a.dtype == jnp.float32:
+        stays = batch == 1 and not left.turned and (right.turned or n % 16 == 0) and min(k, n) >= LEAST_SIDE
+        few = FEW_ROWS[0] <= m <= FEW_ROWS[1] and FEW_ROWS_MATRIX[0] <= k * n <= FEW_ROWS_MATRIX[1]
+        return isa in ("v4", "v4bf16") and stays and few and 2 * m * k * n >= FEW_ROWS_LEAST_FLOPS
+    if isa != "v4bf16":
+        return False
     return min(m, n, k) >= LEAST_SIDE and 2 * batch * m * n * k >= LEAST_FLOPS
 
 
@@ -110,12 +121,14 @@ def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
     return ("shared",) * n_operands
 
 
-def _spec(name: str, a: tuple[int, ...], b: tuple[int, ...], dimension_numbers: Dimensions, out: str) -> ArgSpec:
+def _spec(
+    name: str, a: tuple[int, ...], b: tuple[int, ...], dimension_numbers: Dimensions, out: str, dtype: str = "bfloat16"
+) -> ArgSpec:
     def make(rng: np.random.Generator, dtype: Any) -> tuple[np.ndarray, ...]:
         return rng.standard_normal(a).astype(dtype), rng.standard_normal(b).astype(dtype)
 
     params = {"dimension_numbers": dimension_numbers, "preferred_element_type": out}
-    return ArgSpec(name, make, params, dtypes=("bfloat16",))
+    return ArgSpec(name, make, params, dtypes=(dtype,))
 
 
 DOT = _Dot(
@@ -130,5 +143,7 @@ DOT = _Dot(
         _spec("weight gradient", (2, 5, 9), (2, 5, 7), (((0, 1), (0, 1)), ((), ())), "float32"),
         _spec("input gradient", (2, 5, 7), (9, 7), (((2,), (1,)), ((), ())), "bfloat16"),
         _spec("batched heads", (2, 5, 3, 8), (2, 6, 3, 8), (((3,), (3,)), ((0, 2), (0, 2))), "float32"),
+        _spec("few rows", (19, 33), (33, 48), (((1,), (0,)), ((), ())), "float32", "float32"),
+        _spec("few rows, turned", (13, 300), (37, 300), (((1,), (1,)), ((), ())), "float32", "float32"),
     ),
 )

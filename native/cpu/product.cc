@@ -6,6 +6,7 @@
 
 #ifdef JAXEXT_KERNEL
 #include "attention_tile.h"
+#include "few_rows.h"
 #include "rows.h"
 
 namespace jaxext::JAXEXT_ISA {
@@ -184,6 +185,9 @@ void multiply_as(const ProductArgs& a, const Parallel& par) {
 }  // namespace
 
 void matrix_product(const ProductArgs& a, const Parallel& par) {
+#if defined(__AVX512F__)
+  if (has_few_rows(a)) return few_rows(a, par);
+#endif
 #if defined(__AVX512BF16__)
   if (a.rounds) return multiply_as<Paired>(a, par);
 #endif

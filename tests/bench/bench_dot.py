@@ -1,9 +1,9 @@
-"""bfloat16 matrix products against stock JAX: all three of a dense layer, and small ones, where the rule begins.
+"""Matrix products against stock JAX: bfloat16, all three of a dense layer, and a few float32 rows in a loop.
 
     python tests/bench/bench_dot.py [MxKxN ...]
 
 Prints milliseconds, the ratio stock / jaxext, the share of the measured bfloat16 multiply-add peak, and whether
-jaxext's rule takes the product.
+jaxext's rule takes the product; with small ones, where the rule begins. Loops: microseconds a step.
 """
 
 import os
@@ -19,6 +19,9 @@ from jaxext.kernels._dot import DOT, dot_gains
 
 SHAPES = ((1024, 1024, 1024), (1024, 768, 3072), (1024, 3072, 768), (512, 768, 768), (256, 256, 256), (128, 128, 128),
           (64, 768, 768), (16, 768, 768), (4, 768, 768), (2048, 64, 2048), (8192, 768, 32))  # fmt: skip
+STEPS = ((16, 256, 1024), (16, 256, 768), (8, 256, 1024), (12, 256, 1024), (32, 256, 1024), (48, 256, 1024),
+         (64, 256, 1024), (32, 512, 1536), (16, 512, 2048), (33, 256, 512), (16, 1024, 4096), (4, 256, 1024),
+         (16, 128, 512), (16, 64, 256))  # fmt: skip
 WAYS = {"a b": ((1,), (0,)), "a' b": ((0,), (0,)), "a b'": ((1,), (1,))}
 
 
@@ -45,7 +48,38 @@ def measure(m, k, n, name, contract):
     )
 
 
+def measure_steps(m, k, n, turned, steps=64):
+    """A product of m rows in each step of a loop, as in a recurrent network and its gradient."""
+    rng = np.random.default_rng(0)
+    x, w = (
+        jnp.asarray(rng.standard_normal(s) / 30, jnp.float32) for s in ((steps, m, k), (n, k) if turned else (k, n))
+    )
+    numbers = (((1,), (int(turned),)), ((), ()))
+
+    def loop(product):
+        def run(x, w):
+            step = lambda out, x: (jnp.tanh(product(x + out[0, 0], w)), None)  # noqa: E731
+            return jax.lax.scan(step, jnp.zeros((m, n)), x)[0]
+
+        return jax.jit(run)
+
+    native = loop(lambda x, w: DOT(x, w, dimension_numbers=numbers, preferred_element_type="float32")[0])
+    stock = loop(lambda x, w: jax.lax.dot_general(x, w, numbers))
+    t = interleaved.medians({"jaxext": lambda: native(x, w), "stock": lambda: stock(x, w)}, seconds=1)
+    each = {name: seconds / steps * 1e6 for name, seconds in t.items()}
+    taken = "" if dot_gains(x[0], w, numbers) else "  left to stock"
+    print(
+        f"{m}x{k}x{n} {'a b' + chr(39) if turned else 'a b':5} float32, each of {steps} steps "
+        f"{each['stock']:6.1f} / {each['jaxext']:6.1f} us = {each['stock'] / each['jaxext']:5.2f}x{taken}",
+        flush=True,
+    )
+
+
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        for m, k, n in STEPS:
+            measure_steps(m, k, n, False)
+            measure_steps(m, n, k, True)
     for shape in [tuple(map(int, text.split("x"))) for text in sys.argv[1:]] or SHAPES:
         for way, contract in WAYS.items():
             measure(*shape, way, contract)

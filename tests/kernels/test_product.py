@@ -15,6 +15,8 @@ from jaxext.kernels._product import matrix_product
 needs_native = pytest.mark.skipif(bool(native_status()), reason="no native kernels here: " + native_status())
 
 SIZES = [(1, 1, 1), (7, 5, 65), (6, 513, 70), (265, 300, 270), (3, 1025, 17), (0, 4, 5), (4, 0, 5)]
+# Few float32 rows are multiplied where they are: one to four registers of them, tiles of 12, 8, 6, 4 and 1.
+SIZES += [(16, 300, 512), (31, 257, 48), (45, 20, 1104), (64, 515, 80)]
 
 
 def stored(rng, rows, columns, turned, dtype):

@@ -25,9 +25,10 @@ from ..trace import Graph, Node, Value
 MOST_CONTRACTED, RESULTS_TO_OPERANDS, LEAST_RESULTS = 64, 3, 1 << 15
 # XLA adds the terms in the same pass as these, which is read and written all the same.
 _ELEMENTWISE = frozenset(
-    "abs add clamp convert_element_type div eq exp exp2 ge gt integer_pow is_finite le log logistic lt max min mul ne neg "
-    "pow rsqrt select_n sqrt square sub tanh".split()
-)
+    ("abs", "add", "clamp", "convert_element_type", "div", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "is_finite",
+     "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "pow", "rsqrt", "select_n", "sqrt", "square",
+     "sub", "tanh")
+)  # fmt: skip
 _SIGNS = {"add": (1, 1), "sub": (1, -1), "neg": (-1,)}
 
 

@@ -1,8 +1,8 @@
 """Matrix products that XLA computes slowly, in whatever way they were written and differentiated.
 
-Those of bfloat16 operands become a kernel. The gradient of a matrix that [batch, steps, features] were multiplied with
-sums over batch and steps; XLA first turns both operands round and then writes the result against its layout, at two
-fifths of the speed it has where these are one dimension.
+Those of bfloat16 operands, and of few float32 rows, become a kernel. The gradient of a matrix that [batch, steps,
+features] were multiplied with sums over batch and steps; XLA first turns both operands round and then writes the result
+against its layout, at two fifths of the speed it has where these are one dimension.
 """
 
 from __future__ import annotations
