@@ -27,6 +27,7 @@ from jaxext.kernels._top_k import TOP_K
 ROWS, COLUMNS = 192, 256  # more than one task of every kernel
 LABELS = np.random.default_rng(1).integers(0, COLUMNS, ROWS).astype(np.int32)
 SECONDS = 150
+FEW = {"a_turned": False, "rounds": False}
 
 
 def through_gradient(loss):
@@ -88,6 +89,7 @@ CALLS = {
     "target_cross_entropy": through_gradient(lambda x: kernels.softmax_cross_entropy(x, jax.nn.softmax(x))),
     "linear_cross_entropy": through_gradient(lambda x: kernels.linear_cross_entropy(x, x.T, LABELS % ROWS)),
     "product": lambda x: PRODUCT(x, x, a_turned=True, b_turned=False, rounds=False),
+    "few_rows": lambda x: (PRODUCT(x[:24], x, **FEW, b_turned=True), PRODUCT(x[:24, :ROWS], x, **FEW, b_turned=False)),
     "top_k": lambda x: TOP_K(x, k=20),
     "sort": lambda x: SORT(x, jnp.broadcast_to(jnp.arange(COLUMNS), x.shape)),
     "arg_reduce": lambda x: ARG_REDUCE(x, axis=-1, largest=True) + ARG_REDUCE(x, axis=-2, largest=False),
