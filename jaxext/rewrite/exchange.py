@@ -48,14 +48,14 @@ class Exchange:
 def exchange(jaxpr: Any, settings: Settings, exchanges: Sequence[Exchange], location: str) -> tuple[Any, Report]:
     """`jaxpr` with its primitives exchanged, None where it stays as it is, and what was exchanged."""
     wanted = {e.primitive: e for e in exchanges if e.kernel not in settings.exclude}
-    walk = _Walk(wanted, unrounded.KERNEL not in settings.exclude)
+    walk = _Walk(wanted, unrounded.KERNEL not in settings.exclude, _platform.foreseen() == "cpu")
     new = walk.inside(jaxpr, location)
     return (None if new is jaxpr else new), walk.report
 
 
 class _Walk:
-    def __init__(self, wanted: Mapping[str, Exchange], finds_chains: bool) -> None:
-        self._wanted, self._finds_chains = wanted, finds_chains
+    def __init__(self, wanted: Mapping[str, Exchange], finds_chains: bool, for_cpu: bool) -> None:
+        self._wanted, self._finds_chains, self._for_cpu = wanted, finds_chains and for_cpu, for_cpu
         self._known: dict[int, tuple[Any, Any]] = {}
         self.report = Report()
 
@@ -80,7 +80,7 @@ class _Walk:
         name = eqn.primitive.name
         wanted = self._wanted.get(name)
         chosen = wanted.choose(eqn) if wanted is not None and not left_out(wanted.kernel, eqn) else None
-        if isinstance(chosen, Expression) and _platform.foreseen() != "cpu":
+        if isinstance(chosen, Expression) and not self._for_cpu:
             chosen = None  # what XLA runs slowly on a CPU
         if wanted is None or chosen is None:
             if name not in HIGHER_ORDER:

@@ -32,8 +32,12 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A kernel's pattern: `match(root, graph)` is tried on the outputs of the primitives in `roots`."""
+    """A kernel's pattern: `match(root, graph)` is tried on the outputs of the primitives in `roots`.
+
+    `for_cpu`: what it stands for is plain JAX that XLA runs faster on a CPU, and stays as it was on other platforms.
+    """
 
     kernel: str
     roots: frozenset[str]
     match: Callable[[Value, Graph], Match]
+    for_cpu: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import _jax_compat as compat
 from .._settings import SCOPE_OFF, Settings
+from ..kernels import _platform
 from . import schedule, trace
 from .match import Match, NoMatch, Pattern
 from .report import Entry, Report
@@ -181,7 +182,7 @@ def _choose(plan: Plan, settings: Settings, patterns: Sequence[Pattern], mode: M
     refused: dict[str, set[Node]] = {}
     near: list[tuple[Node, Entry]] = []
     for pattern in patterns:
-        if pattern.kernel in settings.exclude:
+        if pattern.kernel in settings.exclude or (pattern.for_cpu and _platform.foreseen() != "cpu"):
             continue
         candidates = [node for primitive in pattern.roots for node in by_primitive.get(primitive, ())]
         for node in sorted(candidates, key=lambda node: -node.position):

@@ -78,6 +78,27 @@ def test_single_primitives_are_exchanged_on_the_cpu_only():
     assert not jaxext.explain(products, platform="cuda")(a, b).replaced
 
 
+WRITTEN = {
+    "elementwise": (lambda x: jax.nn.gelu(x) * x, (((512, 512), "bfloat16"),)),
+    "products of gathered rows": (
+        lambda table, ids, w: jnp.tanh(table[ids] @ w).sum(),
+        (((1000, 64), "float32"), ((50000,), "int32"), ((64, 64), "float32")),
+    ),
+    "squared distances": (
+        lambda x, y: jnp.argmin((x * x).sum(1)[:, None] - 2 * x @ y.T + (y * y).sum(1), 1),
+        (((4000, 16), "float32"), ((2000, 16), "float32")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_otherwise_for_a_cpu_is_left_on_other_platforms(name):
+    fn, shapes = WRITTEN[name]
+    operands = [jax.ShapeDtypeStruct(*one) for one in shapes]
+    assert jaxext.explain(jax.jit(fn))(*operands).kernels() & {"elementwise", "matmul"}
+    assert not jaxext.explain(jax.jit(fn), platform="cuda")(*operands).replaced
+
+
 def test_an_unknown_platform_is_named():
     with pytest.raises(ValueError, match=re.escape("explain: platform is 'gpu', expected one of 'cpu', 'cuda'")):
         jaxext.explain(norm, platform="gpu")

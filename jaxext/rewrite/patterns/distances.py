@@ -143,4 +143,4 @@ def _longer(
     return [_product(a, b, params, 1, 1)]
 
 
-PATTERN = Pattern("matmul", frozenset((*_SIGNS, "mul")), _match)
+PATTERN = Pattern("matmul", frozenset((*_SIGNS, "mul")), _match, for_cpu=True)

@@ -137,4 +137,4 @@ def _take(product: jax.Array, indices: jax.Array, gather: Mapping[str, Any]) -> 
     return jax.lax.gather(product, indices, slice_sizes=sizes, **{name: gather[name] for name in names})
 
 
-PATTERN = Pattern("matmul", frozenset(("dot_general",)), _match)
+PATTERN = Pattern("matmul", frozenset(("dot_general",)), _match, for_cpu=True)
