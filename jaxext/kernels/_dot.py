@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import mlir
 
-from jaxext.kernels import _export, _native_module, _sharding
-from jaxext.kernels._op import ArgSpec, Op, Role
+from jaxext.kernels import _native_module
+from jaxext.kernels._op import ArgSpec, Op
 from jaxext.kernels._product import PRODUCT
 
 __all__ = ["DOT", "dot_gains"]
@@ -108,19 +107,6 @@ def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
     return min(m, n, k) >= LEAST_SIDE and 2 * batch * m * n * k >= LEAST_FLOPS
 
 
-class _Dot(Op):
-    def _lower_native(self, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
-        refused = self.refusal(*ctx.avals_in, platform="cpu", **params) is not None or _export.leaves_kernels_out(ctx)
-        # Over several devices XLA's own dot: it knows how to divide one.
-        if refused or _sharding.spans_devices(ctx):
-            return self._lower(ctx, *args, **params)
-        return mlir.lower_fun(lambda *xs: _product(*xs, **params), multiple_results=True)(ctx, *args)
-
-
-def _roles(n_operands: int, **_: Any) -> tuple[Role, ...]:
-    return ("shared",) * n_operands
-
-
 def _spec(
     name: str, a: tuple[int, ...], b: tuple[int, ...], dimension_numbers: Dimensions, out: str, dtype: str = "bfloat16"
 ) -> ArgSpec:
@@ -131,12 +117,11 @@ def _spec(
     return ArgSpec(name, make, params, dtypes=(dtype,))
 
 
-DOT = _Dot(
+DOT = Op(
     "dot_general",
     _reference,
     target="matrix_product",
-    core_rank=2,
-    roles=_roles,
+    core_rank=None,  # over several devices XLA's own, which it knows how to divide
     refuses=_refuses,
     specs=(
         _spec("dense", (2, 5, 9), (9, 7), (((2,), (0,)), ((), ())), "bfloat16"),
@@ -147,3 +132,4 @@ DOT = _Dot(
         _spec("few rows, turned", (13, 300), (37, 300), (((1,), (1,)), ((), ())), "float32", "float32"),
     ),
 )
+DOT.on("cpu", dataclasses.replace(DOT.lowerings["cpu"], expression=_product))
