@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxext.kernels._norm import refused_type
 from jaxext.kernels._op import ArgSpec, Op, Role, derive
 
 __all__ = ["GROUP_NORM", "group_norm", "group_norm_refusal"]
-
-_NATIVE = (jnp.float32, jnp.bfloat16)
 
 
 def _reference(
@@ -68,11 +67,9 @@ def _check(*avals: Any, groups: int, extras: tuple[str, ...], **_: Any) -> None:
 
 
 def _refuses(*avals: Any, extras: tuple[str, ...], out_dtype: str | None, **_: Any) -> str | None:
-    for name, aval in zip(("x", *extras), avals):
-        if aval.dtype not in _NATIVE:
-            return f"'{name}' is {aval.dtype}; the kernel takes float32 and bfloat16"
-    if out_dtype is not None and jnp.dtype(out_dtype) not in _NATIVE:
-        return f"out_dtype is {out_dtype}; the kernel gives float32 and bfloat16"
+    refused = refused_type(avals, extras, out_dtype)
+    if refused is not None:
+        return refused
     if avals[0].shape[-1] < 8:
         return f"{avals[0].shape[-1]} channels are fewer than a register holds"
     if avals[0].shape[-2] == 0:

@@ -62,12 +62,20 @@ def _check(op: str, extras: tuple[str, ...], *avals: Any) -> None:
 _NATIVE = (jnp.float32, jnp.bfloat16)
 
 
-def _refuses(*avals: Any, extras: tuple[str, ...], out_dtype: str | None, **_: Any) -> str | None:
+def refused_type(avals: Sequence[Any], extras: Sequence[str], out_dtype: str | None) -> str | None:
+    """Which type of x, of what `extras` name or of the result the kernels of norms do not know; None: they know all."""
     for name, aval in zip(("x", *extras), avals):
         if aval.dtype not in _NATIVE:
             return f"'{name}' is {aval.dtype}; the kernel takes float32 and bfloat16"
     if out_dtype is not None and jnp.dtype(out_dtype) not in _NATIVE:
         return f"out_dtype is {out_dtype}; the kernel gives float32 and bfloat16"
+    return None
+
+
+def _refuses(*avals: Any, extras: tuple[str, ...], out_dtype: str | None, **_: Any) -> str | None:
+    refused = refused_type(avals, extras, out_dtype)
+    if refused is not None:
+        return refused
     if avals[0].shape[-1] < 8:
         return f"rows of {avals[0].shape[-1]} features are shorter than a register"
     return None
