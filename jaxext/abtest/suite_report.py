@@ -189,6 +189,6 @@ def speed_panel(result: SuiteResult):
         axes.set_yticks(range(len(measured)), [entry.program.name for entry in measured])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("bar: as run; diamond: kernels alone; dashed: geometric mean as run")
+        axes.set_xlabel("bar: as run; diamond: kernels alone\ndashed: geometric mean as run")
 
     return charts.Panel("How much faster", _CAPTION, draw, 1.0 + 0.3 * len(measured))
