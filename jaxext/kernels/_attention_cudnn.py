@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend import core
 from jax.interpreters import partial_eval
 
 from jaxext import _jax_compat
@@ -180,7 +180,8 @@ def _forward(
 def _backward(*xs: jax.Array, **params: Any) -> list[jax.Array]:
     closed = _jax_compat.trace(lambda *ys: _gradients(*ys, **params), [jax.typeof(x) for x in xs])
     alive, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
-    return jaxpr_as_fun(ClosedJaxpr(alive, closed.consts))(*xs)
+    kept = core.ClosedJaxpr(alive, closed.consts)  # pyright: ignore[reportPrivateImportUsage]
+    return core.jaxpr_as_fun(kept)(*xs)
 
 
 def _gradients(
