@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import _jax_compat as compat
@@ -70,9 +71,8 @@ class Typing:
 
 
 _LINEAR = frozenset(
-    ("neg", "convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "copy",
-     "copy_p", "reduce_sum", "cumsum", "slice", "pad", "real", "imag", "conj", "name", "optimization_barrier",
-     "sharding_constraint", "reshard")
+    ("neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "copy", "copy_p", "reduce_sum",
+     "cumsum", "slice", "real", "imag", "conj", "name", "sharding_constraint", "reshard")
 )  # fmt: skip
 _GENERATORS = frozenset(("random_bits", "iota", "threefry2x32", "random_gamma"))
 # Functions called with exactly the operands of the node.
@@ -181,6 +181,8 @@ class _Inference:
         functions = _functions(self, node, full, operands)
         if functions is not None:
             return functions
+        if node.primitive == "optimization_barrier":
+            return _barrier(operands)
         if self.nested and node.primitive in _GENERATORS and any(axis is not None for axis in axes):
             raise _Whole(f"{node.primitive} of the batch's shape inside a loop or a called function")
         if any(operand.kind is Kind.SUM for operand in operands):
@@ -209,7 +211,7 @@ class _Inference:
         if axis is not None or any(operand.axis is not None or operand.kind is Kind.ROW for operand in rest):
             raise _Whole(f"a statistic of the batch goes into {node.primitive} with values of single examples")
         name = node.primitive
-        if name in _LINEAR and sums[0]:
+        if sums[0] and _is_linear(node):
             return Type(Kind.SUM)
         if name in ("add", "sub", "add_any"):
             if not all(sums):
@@ -217,7 +219,9 @@ class _Inference:
                     raise _Whole("a term that is no sum over examples is added inside a loop or a called function")
                 self.typing.shared[node] = tuple(not is_sum for is_sum in sums)
             return Type(Kind.SUM)
-        if (name in ("mul", "dot_general") and sum(sums) == 1) or (name == "div" and sums == [True, False]):
+        if name in ("mul", "dot_general") and sum(sums) == 1:
+            return Type(Kind.SUM)
+        if name == "div" and sums == [True, False] and is_float(node.outputs[0]):
             return Type(Kind.SUM)
         if name == "select_n" and not sums[0] and all(sums[1:]):
             return Type(Kind.SUM)
@@ -244,11 +248,7 @@ def _functions(outer: _Inference, node: Node, full: Node, operands: list[Type]) 
     if node.primitive == "scan":
         return _scan(outer, node, full, operands)
     if node.primitive == "cond":
-        if operands[0].axis is not None or operands[0].kind > Kind.PARAMETER:
-            raise _Whole("a branch is chosen by values of the batch")
-        pairs = zip(node.params["branches"], full.params["branches"], strict=True)
-        found = [_inside(outer, ours, theirs, operands[1:]) for ours, theirs in pairs]
-        return [_join(types) for types in zip(*found)]
+        return _cond(outer, node, full, operands)
     if node.primitive == "while":
         raise _Whole("a while loop runs for as long as the values of the batch say")
     return None
@@ -302,6 +302,19 @@ def _derivative(node: Node) -> Any:
     return compat.trace(gradients, [*(value.aval for value in node.inputs), *cotangents])
 
 
+def _cond(outer: _Inference, node: Node, full: Node, operands: list[Type]) -> list[Type]:
+    if operands[0].axis is not None or operands[0].kind > Kind.PARAMETER:
+        raise _Whole("a branch is chosen by values of the batch")
+    branches = node.params["branches"]
+    found = [_inside(outer, *pair, operands[1:]) for pair in zip(branches, full.params["branches"], strict=True)]
+    zeros = [[_is_zero(value) for value in trace.build(branch).outputs] for branch in branches]
+    for types, zero in zip(zip(*found), zip(*zeros)):
+        sums = [result.kind is Kind.SUM for result in types]
+        if any(sums) and not all(is_sum or is_zero for is_sum, is_zero in zip(sums, zero)):
+            raise _Whole("a branch gives a sum over the batch, another one something else")
+    return [_join(types) for types in zip(*found)]
+
+
 def _scan(outer: _Inference, node: Node, full: Node, operands: list[Type]) -> list[Type]:
     constants, carry = compat.scan_counts(node.params)
     start = constants + carry
@@ -333,6 +346,28 @@ def _join(types: Sequence[Type]) -> Type:
     if len({found.kind is Kind.SUM for found in types}) > 1 and any(found.kind is Kind.PARAMETER for found in types):
         raise _Whole("a sum over the batch in one place is a parameter in another")
     return Type(highest, next(iter(axes), None))
+
+
+# ---------------------------------------------------------------- sums
+
+
+def _barrier(operands: list[Type]) -> list[Type]:
+    """An optimization barrier gives what it is given, once all of it is there."""
+    highest = max(found.kind for found in operands)
+    if highest > Kind.PARAMETER and any(found.kind is not highest for found in operands):
+        raise _Whole("optimization_barrier ties values of single examples to others")
+    return [dataclasses.replace(found, kind=highest) for found in operands]
+
+
+def _is_linear(node: Node) -> bool:
+    """Whether a sum of results is the result for the sum of first operands."""
+    if node.primitive == "convert_element_type":
+        # A sum rounded to an integer, or compared with 0, is not the sum of its parts so treated.
+        integers = all(jnp.issubdtype(value.dtype, jnp.integer) for value in (node.inputs[0], node.outputs[0]))
+        return integers or jnp.issubdtype(node.outputs[0].dtype, jnp.inexact)
+    if node.primitive == "pad":
+        return _is_zero(node.inputs[1])
+    return node.primitive in _LINEAR
 
 
 # ---------------------------------------------------------------- constants
