@@ -1,8 +1,9 @@
 """`lax.cumsum`, `cumprod`, `cummax`, `cummin` and `cumlogsumexp` in one reading.
 
-XLA scans in log2(n) passes. Sums and products of floats are carried in double precision, so they are nearer to the
-exact ones than stock's; maxima and minima are stock's, but for denormals, which stock turns to zero. Those of 32-bit
-integers are stock's.
+XLA scans in several passes. Sums of float32 are added in XLA's own order and have its bits, so that a program that
+compares them takes the branches it takes on stock JAX. Sums of bfloat16, which XLA rounds at each addition, and
+products of floats are carried in double precision: nearer to the exact ones than stock's. Maxima and minima are
+stock's, but for denormals, which stock turns to zero. Those of 32-bit integers are stock's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-// cumsum, cumprod, cummax and cummin in one reading, where XLA makes log2(n) passes. Sums and products of floats are
-// carried in double precision, so that the error does not grow with the length; those of integers wrap around.
+// cumsum, cumprod, cummax and cummin in one reading, where XLA makes several. Sums of float32 are XLA's to the bit; those of
+// bfloat16, and products of floats, are carried in double precision; those of integers wrap around.
 #include "cpu/cumulative.h"
 
 #ifdef JAXEXT_KERNEL
 #include "cpu/cumulative_logsumexp.h"
+#include "cpu/cumulative_sum.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
@@ -162,7 +163,9 @@ void of_whole(const CumulativeArgs& a, const Parallel& par) {
 void cumulative(const CumulativeArgs& a, const Parallel& par) {
   const bool whole = a.type == Element::i32 || a.type == Element::u32;
   switch (a.kind) {
-    case CumulativeKind::sum: return whole ? of_type<WholeSum, uint32_t>(a, par) : of_floats<Sum>(a, par);
+    case CumulativeKind::sum:
+      if (whole) return of_type<WholeSum, uint32_t>(a, par);
+      return a.type == Element::bf16 ? of_type<Sum, bf16>(a, par) : sum_of_floats(a, par);
     case CumulativeKind::prod: return whole ? of_type<WholeProduct, uint32_t>(a, par) : of_floats<Product>(a, par);
     case CumulativeKind::max: return whole ? of_whole<WholeMax>(a, par) : of_floats<Max>(a, par);
     case CumulativeKind::min: return whole ? of_whole<WholeMin>(a, par) : of_floats<Min>(a, par);

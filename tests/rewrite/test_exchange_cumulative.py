@@ -7,6 +7,7 @@ import pytest
 from exchanged import any_bits, assert_exchanged, calls, needs_kernels
 
 import jaxext
+from jaxext.kernels._cumulative import CUMULATIVE
 
 pytestmark = needs_kernels
 KINDS = {
@@ -32,6 +33,57 @@ def test_errors_are_at_most_those_of_stock(kind, reverse, shape):
     ours, stock = (np.asarray(f(x), np.float64) for f in (jaxext.accelerate(function), jax.jit(function)))
     # One rounding of the exact result where stock itself is exact.
     assert np.abs(ours - exact).max() <= np.abs(stock - exact).max() + np.finfo(np.float32).eps * np.abs(exact).max()
+
+
+# Around the ends of XLA's blocks of 16, of 16 of those and so on, and lengths that are none of them.
+LENGTHS = (8, 15, 16, 17, 32, 33, 255, 256, 257, 272, 273, 1000, 4095, 4096, 4097, 5000, 65536, 65537, 300_001)
+
+
+def assert_stocks_bits(x, axis, reverse):
+    sums = CUMULATIVE(x, axis=axis - x.ndim, kind="cumsum", reverse=reverse)
+    ours, stock = np.asarray(sums[0]), np.asarray(jax.lax.cumsum(x, axis=axis, reverse=reverse))
+    numbers = ~np.isnan(stock)
+    np.testing.assert_array_equal(np.isnan(ours), ~numbers)
+    np.testing.assert_array_equal(ours[numbers].view(np.uint32), stock[numbers].view(np.uint32))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_of_float32_are_stocks_to_the_bit_at_every_length(axis, reverse):
+    rng = np.random.default_rng(6)
+    for n in (*LENGTHS, *rng.integers(35, 5000, 3).tolist()):
+        x = rng.standard_normal((max(1, 4096 // n), n)).astype(np.float32)
+        assert_stocks_bits(x if axis else x.T.copy(), axis, reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 700, 5), 1), ((700, 3, 77), 0), ((2, 1, 9, 300), 3), ((40, 300, 1), 1)]
+)
+def test_sums_along_any_axis_of_a_batch_are_stocks_to_the_bit(shape, axis, reverse):
+    x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+    assert_stocks_bits(x, axis, reverse)
+    batched = jax.vmap(lambda row: jax.lax.cumsum(row, axis=axis, reverse=reverse), in_axes=-1, out_axes=-1)
+    assert calls("cumulative", batched, x[..., None]) == 1
+    assert_exchanged("cumulative", batched, x[..., None])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("scale", [1e-38, 1e38], ids=["denormals", "overflows"])
+def test_sums_that_leave_the_normal_range_are_stocks_to_the_bit(scale, axis, reverse):
+    rng = np.random.default_rng(8)
+    x = (scale * rng.uniform(-3, 3, (5000, 300))).astype(np.float32)
+    x[rng.random(x.shape) < 0.5] = -0.0
+    assert_stocks_bits(x if axis == 0 else x.T.copy(), axis, reverse)
+
+
+def test_a_sum_inside_a_larger_program_has_the_bits_of_stocks_sum():
+    x, y = (np.random.default_rng(9).standard_normal((3, 5000)).astype(np.float32) for _ in range(2))
+    # What is added is a product, and the sum is multiplied and added to: nothing is contracted across its borders.
+    function = lambda x, y: jnp.cumsum(x * y + x, 1) * y + x  # noqa: E731
+    ours, stock = (np.asarray(f(function)(x, y)) for f in (jaxext.accelerate, jax.jit))
+    np.testing.assert_array_equal(ours.view(np.uint32), stock.view(np.uint32))
 
 
 @pytest.mark.parametrize("kind", ["cummax", "cummin"])
