@@ -21,6 +21,7 @@ from jaxext.kernels._norm import layer_norm, layer_norm_refusal, rms_norm, rms_n
 from jaxext.kernels._op import Op, native_status
 from jaxext.kernels._product import OPS as _PRODUCTS
 from jaxext.kernels._random_bits import RANDOM_BITS
+from jaxext.kernels._searchsorted import SEARCHSORTED
 from jaxext.kernels._sort import SORT
 from jaxext.kernels._top_k import TOP_K
 
@@ -42,7 +43,7 @@ __all__ = [
     "softmax_cross_entropy_refusal",
 ]
 
-_PRIMITIVES = (DOT, TOP_K, SORT, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
+_PRIMITIVES = (DOT, TOP_K, SORT, SEARCHSORTED, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
 _WINDOWS_AND_ROWS = (LINEAR_RECURRENCE, DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT, GATHER, SCATTER)
 OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, GROUP_NORM, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS_AND_ROWS)
 

@@ -1,4 +1,4 @@
-"""Single primitives against stock JAX: sort, argmax, running sums, rows by number, random bits, windows.
+"""Single primitives against stock JAX: sort, argmax, running sums, searches, rows by number, random bits, windows.
 
     python tests/bench/bench_primitives.py
 
@@ -16,6 +16,7 @@ from jaxext.kernels._cumulative import CUMULATIVE, cumulative_gains
 from jaxext.kernels._indexed_rows import GATHER, SCATTER, gather_gains, scatter_gains
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT, max_pool_gains
 from jaxext.kernels._random_bits import RANDOM_BITS, random_bits_gains
+from jaxext.kernels._searchsorted import SEARCHSORTED, searchsorted_gains
 from jaxext.kernels._sort import SORT, sort_gains
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -67,6 +68,22 @@ def running_sums():
             x, params = array(shape, dtype), {"axis": axis, "kind": kind, "reverse": False}
             runs = [lambda x, f=f, p=params: f(x, **p) for f in (CUMULATIVE, CUMULATIVE.reference)]
             report(f"{kind} {shape} axis {axis} {dtype}", *runs, cumulative_gains(x, axis, kind), x)
+
+
+def searches():
+    rng = np.random.default_rng(2)
+    for n, count in (
+        (16, 100_000),
+        (1000, 1000),
+        (1000, 100_000),
+        (100_000, 100_000),
+        (100_000, 256),
+        (1 << 20, 1 << 18),
+    ):
+        a, v = np.sort(rng.random(n)).astype(np.float32), rng.random(count).astype(np.float32)
+        for name, query in (("any order", v), ("ascending", np.sort(v))):
+            native = lambda a, v: SEARCHSORTED(a, v, side="left")  # noqa: E731
+            report(f"searchsorted {n} by {count}, {name}", native, jnp.searchsorted, searchsorted_gains(a, v), a, query)
 
 
 def rows_by_number():
@@ -150,6 +167,7 @@ if __name__ == "__main__":
         sorts,
         arg_reductions,
         running_sums,
+        searches,
         rows_by_number,
         random_numbers,
         convolutions,

@@ -26,6 +26,7 @@ from jaxext.kernels import (
     _norm,
     _product,
     _random_bits,
+    _searchsorted,
     _sort,
     _top_k,
 )
@@ -146,6 +147,14 @@ OTHERS = {
         _sort.SORT,
         ORDERED,
         st.builds(lambda rows, n, *rest: _sort._spec("", (rows, n), *rest), ROWS, SIZES, chosen(0, 1, 3), LEVELS),
+    ),
+    "searchsorted": (
+        _searchsorted.SEARCHSORTED,
+        ("float32", "int32"),
+        st.builds(
+            lambda n, rows, *rest: _searchsorted._spec("", max(n, 1), (rows, 37), *rest), SIZES, ROWS,
+            chosen("left", "right"), LEVELS, FLAG,
+        ),
     ),
     "top_k": (
         _top_k.TOP_K,

@@ -21,6 +21,7 @@ from jaxext.kernels._linear_recurrence import LINEAR_RECURRENCE
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
 from jaxext.kernels._product import PRODUCT
 from jaxext.kernels._random_bits import RANDOM_BITS
+from jaxext.kernels._searchsorted import SEARCHSORTED
 from jaxext.kernels._sort import SORT
 from jaxext.kernels._top_k import TOP_K
 
@@ -92,6 +93,7 @@ CALLS = {
     "few_rows": lambda x: (PRODUCT(x[:24], x, **FEW, b_turned=True), PRODUCT(x[:24, :ROWS], x, **FEW, b_turned=False)),
     "top_k": lambda x: TOP_K(x, k=20),
     "sort": lambda x: SORT(x, jnp.broadcast_to(jnp.arange(COLUMNS), x.shape)),
+    "searchsorted": lambda x: SEARCHSORTED(jnp.sort(x.reshape(-1)), x, side="left"),
     "arg_reduce": lambda x: ARG_REDUCE(x, axis=-1, largest=True) + ARG_REDUCE(x, axis=-2, largest=False),
     "cumulative": columns_scanned,
     "random_bits": bits,

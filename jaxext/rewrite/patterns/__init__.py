@@ -19,6 +19,7 @@ from . import (
     norm,
     random_bits,
     recurrence,
+    searchsorted,
     sort,
     top_k,
 )
@@ -40,6 +41,7 @@ EXCHANGES: tuple[Exchange, ...] = (
     dot.EXCHANGE,
     top_k.EXCHANGE,
     sort.EXCHANGE,
+    searchsorted.EXCHANGE,
     *arg_reduce.EXCHANGES,
     *cumulative.EXCHANGES,
     *indexed_rows.EXCHANGES,
