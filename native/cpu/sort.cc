@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kInserted = 24;           // up to this length by insertion
 constexpr int64_t kTaskElements = 1 << 13;  // of a task, at least
+constexpr int64_t kShared = 1 << 15;        // a row this long may be sorted by several threads
+constexpr int64_t kParts = 16, kWide = 1 << 11;
 
 // kInfinity: the bits of infinity for floats, whose T is signed; 0 for integers. Below kNormal a float counts as zero:
 // XLA's threads read denormals as that.
@@ -82,8 +84,44 @@ E* radix(E* x, E* other, int64_t n) {
   return x;
 }
 
+// The same by several threads: each counts and moves a part of its own, in the order of the parts, so that it stays stable.
+// `counts` has room for kWide of each part.
 template <class K, class E>
-E* sorted(E* x, E* other, int64_t n) {
+E* shared_radix(E* x, E* other, int64_t n, uint32_t* counts, int64_t parts, const Parallel& par) {
+  constexpr int kDigit = K::kBits > 16 ? 11 : 8, kSize = 1 << kDigit;
+  auto digit = [](E e, int shift) { return (K::key(e.value) >> shift) & (kSize - 1); };
+  auto begin = [&](int64_t part) { return n * part / parts; };
+  for (int shift = 0; shift < K::kBits; shift += kDigit) {
+    parallel_for(par, parts, [&](int64_t part) {
+      uint32_t* count = counts + part * kWide;
+      memset(count, 0, kSize * sizeof *count);
+      for (int64_t i = begin(part), end = begin(part + 1); i < end; i++) count[digit(x[i], shift)]++;
+    });
+    uint32_t before = 0, most = 0;
+    for (int d = 0; d < kSize; d++) {
+      const uint32_t first = before;
+      for (int64_t part = 0; part < parts; part++) {
+        const uint32_t own = counts[part * kWide + d];
+        counts[part * kWide + d] = before;
+        before += own;
+      }
+      most = before - first > most ? before - first : most;
+    }
+    if (most == (uint32_t)n) continue;
+    parallel_for(par, parts, [&](int64_t part) {
+      uint32_t* count = counts + part * kWide;
+      for (int64_t i = begin(part), end = begin(part + 1); i < end; i++) other[count[digit(x[i], shift)]++] = x[i];
+    });
+    E* const swapped = x;
+    x = other;
+    other = swapped;
+  }
+  return x;
+}
+
+template <class K, class E>
+E* sorted(E* x, E* other, int64_t n, uint32_t* counts, int64_t parts, const Parallel& par) {
+  if (parts > 1) return shared_radix<K>(x, other, n, counts, parts, par);
   if (n <= kInserted) return insertion<K>(x, n), x;
   // Wide digits mean fewer passes, and counters that cost more than a short row.
   if (K::kBits > 16 && n >= 4096) return radix<K, E, 11>(x, other, n);
@@ -111,23 +149,29 @@ template <class K>
 void rows(const SortArgs& a, const Parallel& par) {
   typedef typename K::Element T;
   const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
-  parallel_for(par, (a.rows + per_task - 1) / per_task, [&](int64_t task) {
+  // Few long rows: one after the other, each by all threads.
+  const int64_t parts = a.n < kShared || a.rows >= par.threads ? 1 : par.threads < kParts ? par.threads : kParts;
+  Parallel over_rows = par;
+  if (parts > 1) over_rows.threads = 1;
+  parallel_for(over_rows, (a.rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t end = (task + 1) * per_task < a.rows ? (task + 1) * per_task : a.rows;
     const size_t element = a.n_followers ? sizeof(Placed<T>) : sizeof(Plain<T>);
-    auto* room = static_cast<char*>(thread_arena(2 * (a.n * element + 64)));
-    auto* other = room + (a.n * element + 63) / 64 * 64;
+    const size_t bytes = (a.n * element + 63) / 64 * 64;
+    auto* room = static_cast<char*>(thread_arena(2 * bytes + (parts > 1 ? parts * kWide * sizeof(uint32_t) : 0)));
+    auto* other = room + bytes;
+    auto* counts = reinterpret_cast<uint32_t*>(other + bytes);
     for (int64_t r = task * per_task; r < end; r++) {
       const T* keys = static_cast<const T*>(a.keys) + r * a.n;
       T* out = static_cast<T*>(a.sorted) + r * a.n;
       if (a.n_followers == 0) {
         memcpy(room, keys, a.n * sizeof(T));
-        memcpy(out, sorted<K>(reinterpret_cast<Plain<T>*>(room), reinterpret_cast<Plain<T>*>(other), a.n),
+        memcpy(out, sorted<K>(reinterpret_cast<Plain<T>*>(room), reinterpret_cast<Plain<T>*>(other), a.n, counts, parts, par),
                a.n * sizeof(T));
         continue;
       }
       auto* x = reinterpret_cast<Placed<T>*>(room);
       for (int64_t i = 0; i < a.n; i++) x[i] = {keys[i], (int32_t)i};
-      x = sorted<K>(x, reinterpret_cast<Placed<T>*>(other), a.n);
+      x = sorted<K>(x, reinterpret_cast<Placed<T>*>(other), a.n, counts, parts, par);
       for (int64_t i = 0; i < a.n; i++) out[i] = x[i].value;
       for (int f = 0; f < a.n_followers; f++) follow(a.followers[f], r * a.n, x, a.n);
     }

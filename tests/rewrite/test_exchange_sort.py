@@ -77,3 +77,12 @@ def test_gradients_of_a_sorted_array_go_where_stock_sends_them():
     x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 1000)), jnp.float32)
     weights = jnp.arange(1000.0)
     assert_exchanged("sort", jax.grad(lambda x: jnp.sum(jnp.sort(x) * weights)), x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("shape", [(1, 32768), (1, 100_001), (1, 1, 70_000)])
+def test_a_long_row_that_several_threads_share_is_sorted_and_stable(shape, dtype):
+    x = any_bits(np.random.default_rng(8), shape, dtype)
+    assert_exchanged("sort", lambda x: jnp.sort(x), x)
+    levels = jnp.asarray(np.random.default_rng(9).integers(-3, 4, shape), dtype)
+    assert_exchanged("sort", lambda x: jnp.argsort(x, stable=True), levels)
