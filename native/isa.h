@@ -42,6 +42,15 @@ JAXEXT_INLINE void parallel_for(const Parallel& par, int64_t n, const F& f) {
   par.run(par, n, [](void* ctx, int64_t i) { (*static_cast<const F*>(ctx))(i); }, const_cast<F*>(&f));
 }
 
+// f(first, end) over `rows` rows of n elements in tasks of at least `least` elements, or of one row.
+template <class F>
+JAXEXT_INLINE void parallel_rows(const Parallel& par, int64_t rows, int64_t n, int64_t least, const F& f) {
+  const int64_t each = n >= least ? 1 : least / n;
+  parallel_for(par, (rows + each - 1) / each, [&](int64_t task) {
+    f(task * each, (task + 1) * each < rows ? (task + 1) * each : rows);
+  });
+}
+
 }  // namespace jaxext::JAXEXT_ISA
 #endif
 

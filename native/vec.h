@@ -28,6 +28,12 @@ typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 JAXEXT_INLINE vf splat(float x) { return x - vf{}; }
 JAXEXT_INLINE vi splat_i(int32_t x) { return vi{} + x; }
 
+JAXEXT_INLINE vi lane_index() {
+  vi x;
+  for (int i = 0; i < kLanes; i++) x[i] = i;
+  return x;
+}
+
 JAXEXT_INLINE vf load(const float* p) {
   vf x;
   memcpy(&x, p, sizeof x);

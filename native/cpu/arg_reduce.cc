@@ -3,9 +3,7 @@
 #include "cpu/arg_reduce.h"
 
 #ifdef JAXEXT_KERNEL
-#include <climits>
-
-#include "vec.h"
+#include "cpu/order_keys.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
@@ -14,25 +12,7 @@ constexpr int64_t kBlock = 2048;           // elements of a row between two look
 constexpr int kColumns = 4;                // registers of neighbouring columns
 constexpr int64_t kTaskElements = 1 << 15;  // of a task, at least
 
-// T: the stored type, signed for floats. kInfinity: the bits of infinity, 0 for integers. Below kNormal a float counts as
-// zero: XLA's threads read denormals as that.
-template <class T, int32_t kInfinity, int32_t kNormal, bool kLargest>
-JAXEXT_INLINE vi keys_of(const T* p) {
-  typedef T stored __attribute__((vector_size(kLanes * sizeof(T))));
-  stored raw;
-  memcpy(&raw, p, sizeof raw);
-  vi x = __builtin_convertvector(raw, vi);
-  if constexpr (kInfinity != 0) {
-    constexpr int32_t magnitude = (int32_t)((1u << (8 * sizeof(T) - 1)) - 1);
-    vi size = x & magnitude;
-    if constexpr (kNormal != 0) size = size < kNormal ? vi{} : size;
-    const vi key = x < 0 ? -size : size;
-    return size > kInfinity ? splat_i(INT_MAX) : kLargest ? key : -key;
-  }
-  if constexpr (sizeof(T) == 4 && (T)-1 > 0) x ^= INT_MIN;
-  return kLargest ? x : ~x;
-}
-
+// As keys_of, of one number.
 template <class T, int32_t kInfinity, int32_t kNormal, bool kLargest>
 JAXEXT_INLINE int32_t key_of(T raw) {
   int32_t x = (int32_t)raw;
@@ -104,10 +84,8 @@ JAXEXT_INLINE void columns(const T* x, int64_t n, int64_t inner, int32_t* indice
 template <class T, int32_t kInfinity, int32_t kNormal, bool kLargest>
 void along_rows(const ArgReduceArgs& a, const Parallel& par) {
   const auto* x = static_cast<const T*>(a.x);
-  const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
-  parallel_for(par, (a.outer + per_task - 1) / per_task, [&](int64_t task) {
-    const int64_t end = (task + 1) * per_task < a.outer ? (task + 1) * per_task : a.outer;
-    for (int64_t r = task * per_task; r < end; r++)
+  parallel_rows(par, a.outer, a.n, kTaskElements, [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; r++)
       a.indices[r] = row<T, kInfinity, kNormal, kLargest>(x + r * a.n, a.n);
   });
 }
@@ -147,7 +125,7 @@ void of_type(const ArgReduceArgs& a, const Parallel& par) {
 
 void arg_reduce(const ArgReduceArgs& a, const Parallel& par) {
   switch (a.type) {
-    case Element::f32: return of_type<int32_t, 0x7f800000, 0x00800000>(a, par);
+    case Element::f32: return of_type<int32_t, kInfinityF32, kNormalF32>(a, par);
     case Element::bf16: return of_type<int16_t, 0x7f80, 0x0080>(a, par);
     case Element::f16: return of_type<int16_t, 0x7c00>(a, par);
     case Element::i8: return of_type<int8_t, 0>(a, par);

@@ -200,12 +200,6 @@ JAXEXT_INLINE vf load_bias(const AttentionArgs& args, const char* p, int64_t n) 
   return n == kLanes ? load(halves) : load_first(halves, n);
 }
 
-JAXEXT_INLINE vi lane_index() {
-  vi x;
-  for (int i = 0; i < kLanes; i++) x[i] = i;
-  return x;
-}
-
 // Lanes of columns [column, column + kLanes) that lie in [low, high].
 JAXEXT_INLINE vi lanes_between(int64_t low, int64_t high, int64_t column) {
   vi lane = lane_index();

@@ -10,8 +10,6 @@ namespace jaxext::JAXEXT_ISA {
 namespace {
 
 constexpr int64_t kTaskElements = 1 << 15;  // of a task, at least
-constexpr int64_t kSplit = 1 << 16;         // a row this long is cut, so that several threads share it
-constexpr int64_t kColumns = 64;            // neighbouring columns of one task
 
 JAXEXT_INLINE int32_t widened(int32_t x) { return x; }
 JAXEXT_INLINE uint32_t widened(uint32_t x) { return x; }
@@ -83,11 +81,9 @@ void along_rows(const CumulativeArgs& a, const Parallel& par) {
   typedef typename F::Carry Carry;
   const auto* x = static_cast<const T*>(a.x);
   auto* out = static_cast<T*>(a.out);
-  if (a.n < kSplit || a.outer >= 2 * par.threads || par.threads < 2) {
-    const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
-    parallel_for(par, (a.outer + per_task - 1) / per_task, [&](int64_t task) {
-      const int64_t end = (task + 1) * per_task < a.outer ? (task + 1) * per_task : a.outer;
-      for (int64_t r = task * per_task; r < end; r++)
+  if (!threads_share_rows(a, par)) {
+    parallel_rows(par, a.outer, a.n, kTaskElements, [&](int64_t first, int64_t end) {
+      for (int64_t r = first; r < end; r++)
         run<F, T, kReverse>(x + r * a.n, a.n, 0, a.n, (Carry)F::kNeutral, out + r * a.n);
     });
     return;
@@ -118,12 +114,9 @@ void along_rows(const CumulativeArgs& a, const Parallel& par) {
 template <class F, class T, bool kReverse>
 void along_columns(const CumulativeArgs& a, const Parallel& par) {
   typedef typename F::Carry Carry;
-  const int64_t tiles = (a.inner + kColumns - 1) / kColumns;
-  parallel_for(par, a.outer * tiles, [&](int64_t task) {
-    const int64_t block = task / tiles, first = task % tiles * kColumns;
-    const int64_t width = a.inner - first < kColumns ? a.inner - first : kColumns;
-    const auto* x = static_cast<const T*>(a.x) + block * a.n * a.inner + first;
-    auto* out = static_cast<T*>(a.out) + block * a.n * a.inner + first;
+  parallel_columns(a, par, [&](int64_t begin, int64_t width) {
+    const auto* x = static_cast<const T*>(a.x) + begin;
+    auto* out = static_cast<T*>(a.out) + begin;
     Carry carry[kColumns];
     for (auto& c : carry) c = (Carry)F::kNeutral;
     for (int64_t i = 0; i < a.n; i++) {

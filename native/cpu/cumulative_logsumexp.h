@@ -2,7 +2,7 @@
 // each time it moves the sum is rounded once more, and one that followed every new maximum would move at each element of
 // a rising row, whose sum is as long-lived as it is large.
 #pragma once
-#include "cpu/cumulative.h"
+#include "cpu/cumulative_tasks.h"
 #include "cpu/rows.h"
 
 namespace jaxext::JAXEXT_ISA {
@@ -10,7 +10,6 @@ namespace {
 
 constexpr float kSlack = 8.f, kLowest = -3.402823466e38f;
 constexpr int64_t kRowBlock = 256;   // elements of a row between two looks at its maximum
-constexpr int64_t kLogColumns = 64;  // neighbouring columns of one task
 constexpr int64_t kLogElements = 1 << 13;  // of a task, at least
 
 JAXEXT_INLINE float widened(float x) { return x; }
@@ -84,13 +83,10 @@ struct Columns {
 
 template <class T>
 void logsumexp_columns(const CumulativeArgs& a, const Parallel& par) {
-  const int64_t tiles = (a.inner + kLogColumns - 1) / kLogColumns;
-  parallel_for(par, a.outer * tiles, [&](int64_t task) {
-    const int64_t block = task / tiles, first = task % tiles * kLogColumns;
-    const int64_t width = a.inner - first < kLogColumns ? a.inner - first : kLogColumns;
-    const auto* x = static_cast<const T*>(a.x) + block * a.n * a.inner + first;
-    auto* out = static_cast<T*>(a.out) + block * a.n * a.inner + first;
-    Columns columns[kLogColumns / kLanes];
+  parallel_columns(a, par, [&](int64_t begin, int64_t width) {
+    const auto* x = static_cast<const T*>(a.x) + begin;
+    auto* out = static_cast<T*>(a.out) + begin;
+    Columns columns[kColumns / kLanes];
     for (int64_t i = 0; i < a.n; i++) {
       const int64_t at = (a.reverse ? a.n - 1 - i : i) * a.inner;
       over_row(width, [&](int64_t j, auto part, int) __attribute__((always_inline)) {
@@ -152,10 +148,8 @@ void logsumexp_row(const T* x, T* out, int64_t n, bool reverse) {
 template <class T>
 void logsumexp_of(const CumulativeArgs& a, const Parallel& par) {
   if (a.inner > 1) return logsumexp_columns<T>(a, par);
-  const int64_t per_task = a.n >= kLogElements ? 1 : kLogElements / a.n;
-  parallel_for(par, (a.outer + per_task - 1) / per_task, [&](int64_t task) {
-    const int64_t end = (task + 1) * per_task < a.outer ? (task + 1) * per_task : a.outer;
-    for (int64_t r = task * per_task; r < end; r++)
+  parallel_rows(par, a.outer, a.n, kLogElements, [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; r++)
       logsumexp_row(static_cast<const T*>(a.x) + r * a.n, static_cast<T*>(a.out) + r * a.n, a.n, a.reverse);
   });
 }

@@ -2,24 +2,20 @@
 // summed from their first element on, the sums of blocks are scanned in the same way, and what precedes a block is added last.
 // In reverse an element's sum starts at itself and runs to its block's end. Lanes that a sum passes by add -0, which changes nothing.
 #pragma once
-#include "cpu/cumulative.h"
+#include "cpu/cumulative_tasks.h"
 #include "cpu/rows.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 16, kGroup = kBlock * kBlock, kChunk = kBlock * kGroup;
-constexpr int64_t kSumColumns = 64;          // neighbouring columns of one task
 constexpr int64_t kSumElements = 1 << 14;    // of a task, at least
-constexpr int64_t kShared = 1 << 16;         // a row this long is cut, so that several threads share it
 constexpr int kRegisters = kBlock / kLanes;  // of a block
 
 // Element j of a register, in the lanes whose sums it is part of.
 template <bool kReverse>
 JAXEXT_INLINE vf for_lanes(float x, int j) {
-  vi lane;
-  for (int i = 0; i < kLanes; i++) lane[i] = i;
-  const vi taken = kReverse ? lane <= j : lane >= j;
+  const vi taken = kReverse ? lane_index() <= j : lane_index() >= j;
   return (vf)(((vi)splat(x) & taken) | (~taken & splat_i(INT32_MIN)));
 }
 
@@ -161,14 +157,12 @@ template <bool kReverse>
 void sum_rows(const CumulativeArgs& a, const Parallel& par) {
   const auto* x = static_cast<const float*>(a.x);
   auto* out = static_cast<float*>(a.out);
-  if (a.n >= kShared && a.outer < 2 * par.threads && par.threads > 1) {
+  if (threads_share_rows(a, par)) {
     for (int64_t r = 0; r < a.outer; r++) sum_shared_row<kReverse>(x + r * a.n, a.n, out + r * a.n, par);
     return;
   }
-  const int64_t per_task = a.n >= kSumElements ? 1 : kSumElements / a.n;
-  parallel_for(par, (a.outer + per_task - 1) / per_task, [&](int64_t task) {
-    const int64_t end = (task + 1) * per_task < a.outer ? (task + 1) * per_task : a.outer;
-    for (int64_t r = task * per_task; r < end; r++) sum_row<kReverse>(x + r * a.n, a.n, out + r * a.n);
+  parallel_rows(par, a.outer, a.n, kSumElements, [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; r++) sum_row<kReverse>(x + r * a.n, a.n, out + r * a.n);
   });
 }
 
@@ -200,12 +194,10 @@ JAXEXT_INLINE void block_of_columns(const float* x, float* out, int64_t rows, in
 
 template <bool kReverse>
 void sum_columns(const CumulativeArgs& a, const Parallel& par) {
-  const int64_t tiles = (a.inner + kSumColumns - 1) / kSumColumns, blocks = (a.n + kBlock - 1) / kBlock;
-  parallel_for(par, a.outer * tiles, [&](int64_t task) {
-    const int64_t first = task % tiles * kSumColumns, at = task / tiles * a.n * a.inner + first;
-    const int64_t width = a.inner - first < kSumColumns ? a.inner - first : kSumColumns;
-    Ladder<kReverse, kSumColumns> ladder;
-    float before[kSumColumns] = {}, sums[kSumColumns] = {};
+  const int64_t blocks = (a.n + kBlock - 1) / kBlock;
+  parallel_columns(a, par, [&](int64_t at, int64_t width) {
+    Ladder<kReverse, kColumns> ladder;
+    float before[kColumns] = {}, sums[kColumns] = {};
     for (int64_t i = 0; i < blocks; i++) {
       const int64_t block = kReverse ? blocks - 1 - i : i, row = block * kBlock;
       const int64_t rows = a.n - row < kBlock ? a.n - row : kBlock, begin = at + row * a.inner;

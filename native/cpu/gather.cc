@@ -63,16 +63,14 @@ void gather_rows(const GatherArgs& a, const Parallel& par) {
   int64_t rows = 1;
   for (int64_t d = 0; d < a.numbers.depth; d++) rows *= a.numbers.sizes[d];
   const bool past = bytes % 64 == 0 && past_caches(static_cast<const float*>(a.out), count, bytes / 4);
-  const int64_t per_task = bytes >= kTaskBytes ? 1 : kTaskBytes / bytes;
-  parallel_for(par, (count + per_task - 1) / per_task, [&](int64_t task) {
+  parallel_rows(par, count, bytes, kTaskBytes, [&](int64_t first, int64_t end) {
     const RowNumbers numbers = a.numbers;  // a copy, which stores to `out` cannot change
     auto source = [&](int64_t i) -> const char* {
       const int64_t row = row_number(numbers, i, rows);
       return row < 0 || row >= rows ? filler : table + row * bytes;
     };
     const int64_t asked = bytes < kAskedBytes ? bytes : kAskedBytes;
-    const int64_t end = (task + 1) * per_task < count ? (task + 1) * per_task : count;
-    for (int64_t i = task * per_task; i < end; i++) {
+    for (int64_t i = first; i < end; i++) {
       if (i + kAhead < end) {
         const char* next = source(i + kAhead);
         for (int64_t j = 0; j < asked; j += 64) prefetch(next + j);

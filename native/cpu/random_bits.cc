@@ -44,8 +44,8 @@ JAXEXT_INLINE void inject(vu* a, vu* b, uint32_t to_a, uint32_t to_b) {
 // out[v]: the elements at counters first + v * kLanes + lane.
 JAXEXT_INLINE void blocks(const uint32_t* key, uint64_t first, vu* out) {
   const uint32_t k0 = key[0], k1 = key[1], k2 = k0 ^ k1 ^ 0x1BD11BDAu;
-  vu lane, a[kVectors], b[kVectors];
-  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  const vu lane = (vu)lane_index();
+  vu a[kVectors], b[kVectors];
   JAXEXT_UNROLL for (int v = 0; v < kVectors; v++) {
     const uint64_t at = first + (uint64_t)v * kLanes;
     // kLanes divides 2^32 and every `first`, so a vector's counters share their upper word.
@@ -83,10 +83,8 @@ template <class T>
 void rows(const RandomBitsArgs& a, const Parallel& par) {
   // Many short rows share a task; a long one is cut where a vector begins.
   const int64_t parts = (a.n + kTaskElements - 1) / kTaskElements;
-  const int64_t per_task = parts > 1 ? 1 : kTaskElements / a.n;
-  parallel_for(par, (a.rows * parts + per_task - 1) / per_task, [&](int64_t task) {
-    const int64_t end = (task + 1) * per_task < a.rows * parts ? (task + 1) * per_task : a.rows * parts;
-    for (int64_t piece = task * per_task; piece < end; piece++) {
+  parallel_rows(par, a.rows * parts, a.n, kTaskElements, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; piece++) {
       const int64_t row = piece / parts, first = piece % parts * kTaskElements;
       const int64_t last = first + kTaskElements < a.n ? first + kTaskElements : a.n;
       fill<T>(a.keys + 2 * row, first, last, static_cast<T*>(a.out) + row * a.n);

@@ -4,7 +4,7 @@
 #include "cpu/searchsorted.h"
 
 #ifdef JAXEXT_KERNEL
-#include "vec.h"
+#include "cpu/order_keys.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
@@ -15,18 +15,11 @@ constexpr int kRegisters = 4;  // of queries, whose loads need not wait for one 
 constexpr int64_t kTogether = kRegisters * kLanes;
 constexpr int64_t kBlock = 256;  // queries that are first given the part of the array that holds all their places
 
-// Denormals count as zero: XLA's threads read them so.
+// The keys of kLanes numbers at p, to `to`.
 template <bool kFloat>
-JAXEXT_INLINE vi keys_of(vi x) {
-  if constexpr (!kFloat) return x;
-  const vi size = x & INT32_MAX, key = size < 0x00800000 ? vi{} : x < 0 ? -size : size;
-  return size > 0x7f800000 ? splat_i(INT32_MAX) : key;
-}
-
-JAXEXT_INLINE vi load_keys(const int32_t* p) {
-  vi x;
-  memcpy(&x, p, sizeof x);
-  return x;
+JAXEXT_INLINE void put_keys(const int32_t* p, int32_t* to) {
+  const vi key = keys_of<int32_t, kFloat ? kInfinityF32 : 0, kFloat ? kNormalF32 : 0, true>(p);
+  memcpy(to, &key, sizeof key);
 }
 
 JAXEXT_INLINE vi gather(const int32_t* p, vi at) {
@@ -56,7 +49,7 @@ template <bool kRight>
 JAXEXT_INLINE void search(const int32_t* keys, Range range, int halvings, const int32_t* wanted, int32_t* place) {
   vi want[kRegisters], low[kRegisters], high[kRegisters];
   for (int r = 0; r < kRegisters; r++) {
-    want[r] = load_keys(wanted + r * kLanes);
+    memcpy(&want[r], wanted + r * kLanes, sizeof want[r]);
     low[r] = splat_i(range.low);
     high[r] = splat_i(range.high);
   }
@@ -88,10 +81,7 @@ void search_block(const SearchSortedArgs& a, const int32_t* keys, bool sorted, i
   int32_t wanted[kBlock] = {}, place[kBlock];
   memcpy(wanted, a.query + first, count * sizeof(int32_t));
   const int64_t padded = (count + kTogether - 1) / kTogether * kTogether;
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const vi key = keys_of<kFloat>(load_keys(wanted + i));
-    memcpy(wanted + i, &key, sizeof key);
-  }
+  for (int64_t i = 0; i < padded; i += kLanes) put_keys<kFloat>(wanted + i, wanted + i);
   Range range{0, (int32_t)a.n};
   if (sorted) {
     int32_t least = wanted[0], most = wanted[0];
@@ -116,15 +106,12 @@ void search_all(const SearchSortedArgs& a, const Parallel& par) {
   parallel_for(par, parts, [&](int64_t part) {
     const int64_t begin = part * kTaskKeys, end = begin + kTaskKeys < a.n ? begin + kTaskKeys : a.n;
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      const vi key = keys_of<kFloat>(load_keys(a.sorted + i));
-      memcpy(keys + i, &key, sizeof key);
-    }
+    for (; i + kLanes <= end; i += kLanes) put_keys<kFloat>(a.sorted + i, keys + i);
     if (i < end) {
       int32_t rest[kLanes] = {};
       memcpy(rest, a.sorted + i, (end - i) * sizeof(int32_t));
-      const vi key = keys_of<kFloat>(load_keys(rest));
-      memcpy(keys + i, &key, (end - i) * sizeof(int32_t));
+      put_keys<kFloat>(rest, rest);
+      memcpy(keys + i, rest, (end - i) * sizeof(int32_t));
     }
     int32_t falls = 0;
     for (int64_t k = begin + 1; k < end; k++) falls |= keys[k] < keys[k - 1];

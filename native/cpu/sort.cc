@@ -11,7 +11,9 @@ namespace {
 constexpr int64_t kInserted = 24;           // up to this length by insertion
 constexpr int64_t kTaskElements = 1 << 13;  // of a task, at least
 constexpr int64_t kShared = 1 << 15;        // a row this long may be sorted by several threads
-constexpr int64_t kParts = 16, kWide = 1 << 11;
+constexpr int64_t kParts = 16;
+// Wide digits mean fewer passes, and counters that cost more than a short row.
+constexpr int kNarrow = 8, kWide = 11;
 
 // kInfinity: the bits of infinity for floats, whose T is signed; 0 for integers. Below kNormal a float counts as zero:
 // XLA's threads read denormals as that.
@@ -56,6 +58,19 @@ void insertion(E* x, int64_t n) {
   }
 }
 
+// The kDigit bits of an element's key from `shift` on.
+template <class K, int kDigit, class E>
+JAXEXT_INLINE uint32_t digit(E e, int shift) {
+  return (K::key(e.value) >> shift) & ((1u << kDigit) - 1);
+}
+
+template <class E>
+JAXEXT_INLINE void swap(E*& a, E*& b) {
+  E* const kept = a;
+  a = b;
+  b = kept;
+}
+
 // Sorts x[0, n) with `other` as room; returns whichever of the two has the result.
 template <class K, class E, int kDigit>
 E* radix(E* x, E* other, int64_t n) {
@@ -69,63 +84,58 @@ E* radix(E* x, E* other, int64_t n) {
   for (int p = 0; p < kPasses; p++) {
     const int shift = p * kDigit;
     // A digit that all elements share moves nothing: small integers, or floats of one sign and size.
-    if (count[p][(K::key(x[0].value) >> shift) & (kSize - 1)] == (uint32_t)n) continue;
+    if (count[p][digit<K, kDigit>(x[0], shift)] == (uint32_t)n) continue;
     uint32_t before = 0;
     for (int d = 0; d < kSize; d++) {
       const uint32_t own = count[p][d];
       count[p][d] = before;
       before += own;
     }
-    for (int64_t i = 0; i < n; i++) other[count[p][(K::key(x[i].value) >> shift) & (kSize - 1)]++] = x[i];
-    E* const swapped = x;
-    x = other;
-    other = swapped;
+    for (int64_t i = 0; i < n; i++) other[count[p][digit<K, kDigit>(x[i], shift)]++] = x[i];
+    swap(x, other);
   }
   return x;
 }
 
 // The same by several threads: each counts and moves a part of its own, in the order of the parts, so that it stays stable.
-// `counts` has room for kWide of each part.
-template <class K, class E>
+// `counts` has room for 1 << kDigit of each part.
+template <class K, class E, int kDigit>
 E* shared_radix(E* x, E* other, int64_t n, uint32_t* counts, int64_t parts, const Parallel& par) {
-  constexpr int kDigit = K::kBits > 16 ? 11 : 8, kSize = 1 << kDigit;
-  auto digit = [](E e, int shift) { return (K::key(e.value) >> shift) & (kSize - 1); };
+  constexpr int kSize = 1 << kDigit;
   auto begin = [&](int64_t part) { return n * part / parts; };
   for (int shift = 0; shift < K::kBits; shift += kDigit) {
     parallel_for(par, parts, [&](int64_t part) {
-      uint32_t* count = counts + part * kWide;
+      uint32_t* count = counts + part * kSize;
       memset(count, 0, kSize * sizeof *count);
-      for (int64_t i = begin(part), end = begin(part + 1); i < end; i++) count[digit(x[i], shift)]++;
+      for (int64_t i = begin(part), end = begin(part + 1); i < end; i++) count[digit<K, kDigit>(x[i], shift)]++;
     });
     uint32_t before = 0, most = 0;
     for (int d = 0; d < kSize; d++) {
       const uint32_t first = before;
       for (int64_t part = 0; part < parts; part++) {
-        const uint32_t own = counts[part * kWide + d];
-        counts[part * kWide + d] = before;
+        const uint32_t own = counts[part * kSize + d];
+        counts[part * kSize + d] = before;
         before += own;
       }
       most = before - first > most ? before - first : most;
     }
     if (most == (uint32_t)n) continue;
     parallel_for(par, parts, [&](int64_t part) {
-      uint32_t* count = counts + part * kWide;
-      for (int64_t i = begin(part), end = begin(part + 1); i < end; i++) other[count[digit(x[i], shift)]++] = x[i];
+      uint32_t* count = counts + part * kSize;
+      for (int64_t i = begin(part), end = begin(part + 1); i < end; i++)
+        other[count[digit<K, kDigit>(x[i], shift)]++] = x[i];
     });
-    E* const swapped = x;
-    x = other;
-    other = swapped;
+    swap(x, other);
   }
   return x;
 }
 
 template <class K, class E>
 E* sorted(E* x, E* other, int64_t n, uint32_t* counts, int64_t parts, const Parallel& par) {
-  if (parts > 1) return shared_radix<K>(x, other, n, counts, parts, par);
+  if (parts > 1) return shared_radix<K, E, (K::kBits > 16 ? kWide : kNarrow)>(x, other, n, counts, parts, par);
   if (n <= kInserted) return insertion<K>(x, n), x;
-  // Wide digits mean fewer passes, and counters that cost more than a short row.
-  if (K::kBits > 16 && n >= 4096) return radix<K, E, 11>(x, other, n);
-  return radix<K, E, 8>(x, other, n);
+  if (K::kBits > 16 && n >= 4096) return radix<K, E, kWide>(x, other, n);
+  return radix<K, E, kNarrow>(x, other, n);
 }
 
 template <class U, class E>
@@ -148,19 +158,17 @@ void follow(const SortFollower& f, int64_t first, const E* x, int64_t n) {
 template <class K>
 void rows(const SortArgs& a, const Parallel& par) {
   typedef typename K::Element T;
-  const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
   // Few long rows: one after the other, each by all threads.
   const int64_t parts = a.n < kShared || a.rows >= par.threads ? 1 : par.threads < kParts ? par.threads : kParts;
   Parallel over_rows = par;
   if (parts > 1) over_rows.threads = 1;
-  parallel_for(over_rows, (a.rows + per_task - 1) / per_task, [&](int64_t task) {
-    const int64_t end = (task + 1) * per_task < a.rows ? (task + 1) * per_task : a.rows;
+  parallel_rows(over_rows, a.rows, a.n, kTaskElements, [&](int64_t first, int64_t end) {
     const size_t element = a.n_followers ? sizeof(Placed<T>) : sizeof(Plain<T>);
     const size_t bytes = (a.n * element + 63) / 64 * 64;
-    auto* room = static_cast<char*>(thread_arena(2 * bytes + (parts > 1 ? parts * kWide * sizeof(uint32_t) : 0)));
+    auto* room = static_cast<char*>(thread_arena(2 * bytes + (parts > 1 ? (parts << kWide) * sizeof(uint32_t) : 0)));
     auto* other = room + bytes;
     auto* counts = reinterpret_cast<uint32_t*>(other + bytes);
-    for (int64_t r = task * per_task; r < end; r++) {
+    for (int64_t r = first; r < end; r++) {
       const T* keys = static_cast<const T*>(a.keys) + r * a.n;
       T* out = static_cast<T*>(a.sorted) + r * a.n;
       if (a.n_followers == 0) {

@@ -107,12 +107,10 @@ void row(const T* x, int64_t n, int64_t k, uint64_t* kept, T* values, int32_t* i
 
 template <class T, KeyKind kKind>
 void rows(const TopKArgs& a, const Parallel& par) {
-  const int64_t per_task = a.n >= kTaskElements ? 1 : kTaskElements / a.n;
-  parallel_for(par, (a.rows + per_task - 1) / per_task, [&](int64_t task) {
+  parallel_rows(par, a.rows, a.n, kTaskElements, [&](int64_t first, int64_t end) {
     // One more: an element that is not kept is written, too.
     auto* kept = static_cast<uint64_t*>(thread_arena((2 * a.k + kBlock + 1) * sizeof(uint64_t)));
-    const int64_t end = (task + 1) * per_task < a.rows ? (task + 1) * per_task : a.rows;
-    for (int64_t r = task * per_task; r < end; r++)
+    for (int64_t r = first; r < end; r++)
       row<T, kKind>(static_cast<const T*>(a.x) + r * a.n, a.n, a.k, kept, static_cast<T*>(a.values) + r * a.k,
                     a.indices + r * a.k);
   });
