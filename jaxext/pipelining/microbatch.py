@@ -307,10 +307,9 @@ def _cond(outer: _Inference, node: Node, full: Node, operands: list[Type]) -> li
         raise _Whole("a branch is chosen by values of the batch")
     branches = node.params["branches"]
     found = [_inside(outer, *pair, operands[1:]) for pair in zip(branches, full.params["branches"], strict=True)]
-    zeros = [[_is_zero(value) for value in trace.build(branch).outputs] for branch in branches]
-    for types, zero in zip(zip(*found), zip(*zeros)):
-        sums = [result.kind is Kind.SUM for result in types]
-        if any(sums) and not all(is_sum or is_zero for is_sum, is_zero in zip(sums, zero)):
+    for place, types in enumerate(zip(*found)):
+        others = [branch for branch, result in zip(branches, types) if result.kind is not Kind.SUM]
+        if len(others) < len(types) and not all(_is_zero(trace.build(other).outputs[place]) for other in others):
             raise _Whole("a branch gives a sum over the batch, another one something else")
     return [_join(types) for types in zip(*found)]
 
