@@ -21,18 +21,9 @@ from ..rewrite import trace
 from ..rewrite.trace import Node, Value
 from . import cost
 from .microbatch import Typing
+from .residuals import Kept, reduced
 from .spread import Spread, localised
 from .stage import Stage, ancestors, evaluate, function, is_float
-
-
-@dataclasses.dataclass(eq=False)
-class Kept:
-    """Where the residuals of a forward pass come from: its arguments, by number, or what it returned, by number."""
-
-    sources: list[tuple[bool, int]]
-
-    def gather(self, arguments: Sequence[Any], returned: Sequence[Any]) -> list[Any]:
-        return [arguments[number] if given else returned[number] for given, number in self.sources]
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,6 +72,7 @@ class _Builder:
         self._received = [n for n, value in enumerate(stage.receives) if is_float(value)]
         self._sent = [n for n, value in enumerate(stage.sends) if is_float(value)]
         self._pull: Any = None
+        self._kept: Any = None
 
     def build(self) -> StageProgram:
         stage = self._stage
@@ -94,7 +86,7 @@ class _Builder:
         place = self._spread.place
         closed = localised(compat.trace(self._forward, avals, name=f"{self._name}_forward"), place)
         plain = len(stage.sends) + len(stage.collected)
-        forward, kept, types = _without_copies(closed, plain)
+        forward, self._kept, types = reduced(closed, len(stage.parameters), plain)
         sent = [stage.sends[n].aval for n in self._sent]
         backward = localised(compat.trace(self._backward, [*types, *sent], name=f"{self._name}_backward"), place)
         halves = _Halves(backward, len(self._received))
@@ -102,14 +94,14 @@ class _Builder:
             jax.ShapeDtypeStruct(v.shape, accumulator_dtype(v.dtype))
             for v in (stage.parameters[n] for n in self._parameters)
         ]
-        residual_bytes = sum(cost.nbytes(t) for t, (given, _) in zip(types, kept.sources) if not given)
+        residual_bytes = sum(cost.nbytes(t) for t, (given, _) in zip(types, self._kept.sources) if not given)
         return StageProgram(
             stage=stage,
             forward=_jitted(forward, f"{self._name}_forward"),
             backward=Accumulating(halves.both, len(self._received), f"{self._name}_backward"),
             cotangents=_jitted(halves.first, f"{self._name}_cotangents"),
             weights=Accumulating(halves.second, 0, f"{self._name}_weights"),
-            kept=kept,
+            kept=self._kept,
             gradients=self._parameters,
             accumulators=accumulators,
             float_received=self._received,
@@ -147,7 +139,7 @@ class _Builder:
     def _backward(self, *arrays: Any) -> list[Any]:
         """Cotangents of what was received, then gradients of the parameters."""
         count = len(arrays) - len(self._sent)
-        pull = jax.tree.unflatten(self._pull, arrays[:count])
+        pull = jax.tree.unflatten(self._pull, self._kept.all(*arrays[:count]))
         cotangents = list(arrays[count:])
         if self._loss in self._stage.collected:
             cotangents.append(jnp.ones((), self._loss.dtype))
@@ -196,30 +188,6 @@ def _jitted(run: Callable[..., list[Any]], name: str, **options: Any) -> Callabl
 
     named.__name__ = named.__qualname__ = name
     return accelerate(named, **options)
-
-
-def _without_copies(closed: Any, plain: int) -> tuple[Callable[..., list[Any]], Kept, list[Any]]:
-    """The function without those residuals that are its arguments or results anyway, and where to find them instead.
-
-    Also the types of all residuals.
-    """
-    graph = trace.build(closed)
-    given = {value: number for number, value in enumerate(graph.inputs)}
-    returned: dict[Value, int] = {}
-    outputs = list(graph.outputs[:plain])
-    for number, value in enumerate(outputs):
-        returned.setdefault(value, number)
-    sources = []
-    for value in graph.outputs[plain:]:
-        if value in given:
-            sources.append((True, given[value]))
-            continue
-        if value not in returned:
-            returned[value] = len(outputs)
-            outputs.append(value)
-        sources.append((False, returned[value]))
-    types = [value.aval for value in graph.outputs[plain:]]
-    return function(graph.nodes, graph.inputs, outputs, graph.captures), Kept(sources), types
 
 
 class _Halves:
