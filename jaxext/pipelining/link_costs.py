@@ -13,7 +13,8 @@ import numpy as np
 from .simulate import Costs
 from .transport import Transport
 
-_REPETITIONS = 5
+# A connection sends little at first and more with each answer (TCP's slow start): a step's messages find it warm.
+_WARM_UP, _REPETITIONS = 5, 5
 
 
 def joined(
@@ -52,7 +53,7 @@ def _probe(pair: tuple[int, int], size: int, transport: Transport, timeout: floa
     other = answering if transport.rank == asking else asking
     seconds: dict[int, list[float]] = {1: [], size: []}
     for nbytes, times in seconds.items():
-        for _ in range(_REPETITIONS):
+        for _ in range(_WARM_UP + _REPETITIONS):
             there, back = (f"a probe of {nbytes} bytes #{next(transport.moves)}" for _ in range(2))
             start = time.perf_counter()
             if transport.rank == asking:
@@ -64,5 +65,5 @@ def _probe(pair: tuple[int, int], size: int, transport: Transport, timeout: floa
                 transport.send(other, back, [np.zeros(1, np.uint8)])
     if not seconds[1]:
         return float("nan"), float("nan")
-    least, most = statistics.median(seconds[1]), statistics.median(seconds[size])
+    least, most = (statistics.median(times[_WARM_UP:]) for times in (seconds[1], seconds[size]))
     return least / 2, max(most - least, 0.0) / max(size - 1, 1)

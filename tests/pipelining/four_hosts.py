@@ -3,9 +3,12 @@
 The hosts of the test share a machine's cores, those of a cluster do not: so each pass computes, and then sleeps until a
 fixed time after it began, in which it leaves the cores to the others.
 
-Arguments: folder, steps, then for each of several pipelines its schedule and the seconds of a forward pass.
+Arguments: folder, steps, then for each of several pipelines the number of its link, schedule and the seconds of a
+forward pass.
 """
 
+import dataclasses
+import functools
 import json
 import sys
 import time
@@ -17,9 +20,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from network import address
 from programs import BATCH, dense, normal
 
 import jaxext
+from jaxext.pipelining import transport
 from jaxext.pipelining.simulate import simulate
 
 WIDE = 512
@@ -62,6 +67,28 @@ class Lasting:
         return lasting(self._backward.resolve(accumulators), self._seconds)
 
 
+class Addresses(transport._Addresses):
+    """The addresses of processes on one of several links."""
+
+    def __init__(self, link):
+        super().__init__()
+        self._link = link
+
+    def host(self):
+        return address(jax.process_index(), self._link)
+
+    def put(self, rank, address):
+        super().put(f"{self._link}/{rank}", address)
+
+    def get(self, rank, timeout):
+        return super().get(f"{self._link}/{rank}", timeout)
+
+
+@functools.cache
+def connections(link):
+    return transport.Transport(jax.process_index(), jax.process_count(), Addresses(link), 60.0)
+
+
 def measured(schedule, seconds, steps):
     """What is seen of a pipeline here, and what this process has of the parameters."""
     pipelined = jaxext.pipeline(step, num_microbatches=4, schedule=schedule)
@@ -80,14 +107,17 @@ def measured(schedule, seconds, steps):
         losses.append(float(loss))
         times.append(time.perf_counter() - start)
     predicted = simulate(built.schedule, costs).makespan
-    found = {"losses": losses, "seconds": times, "predicted": predicted, "latency": costs.transfer}
-    return found | {"bandwidth": costs.bandwidth}, [w for w in params if w.is_fully_addressable]
+    undelayed = simulate(built.schedule, dataclasses.replace(costs, transfer=0.0)).makespan
+    found = {"losses": losses, "seconds": times, "predicted": predicted, "undelayed": undelayed}
+    found |= {"latency": costs.transfer, "bandwidth": costs.bandwidth}
+    return found, [w for w in params if w.is_fully_addressable]
 
 
 def main(folder, steps, *cases):
-    for schedule, seconds in zip(cases[::2], cases[1::2]):
+    for number, (link, schedule, seconds) in enumerate(zip(cases[::3], cases[1::3], cases[2::3], strict=True)):
+        transport._connected[:] = [connections(int(link))]
         found, own = measured(schedule, float(seconds), int(steps))
-        place = Path(folder) / f"{schedule}_{jax.process_index()}"
+        place = Path(folder) / f"{number}_{jax.process_index()}"
         place.with_suffix(".json").write_text(json.dumps(found))
         np.savez(place.with_suffix(".npz"), *own)
 
