@@ -80,6 +80,6 @@ def compare(width, batch, schedule, rounds):
 
 
 if __name__ == "__main__":
-    for width, batch, rounds in ((16, 32, 60), (256, 256, 30), (1024, 2048, 5)):
+    for width, batch, rounds in ((16, 32, 60), (256, 256, 30), (1024, 2048, 15)):
         for schedule in ("1f1b", "zb_h1"):
             compare(width, batch, schedule, rounds)
