@@ -19,7 +19,8 @@ from .stage import function
 # Arithmetic that costs less than reading its result, and moves of elements that XLA makes part of what reads them.
 _CHEAP = frozenset(
     ("abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "eq", "ge", "gt", "integer_pow", "le",
-     "lt", "max", "min", "mul", "ne", "neg", "not", "or", "reshape", "select_n", "sign", "square", "squeeze", "sub")
+     "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "reshape", "select_n", "sign", "square",
+     "squeeze", "sub")
 )  # fmt: skip
 # Operations that one residual may be made by, so that making it stays cheaper than reading it.
 _MOST = 8
@@ -48,7 +49,7 @@ def reduced(closed: Any, parameters: int, plain: int) -> tuple[Callable[..., lis
     graph = trace.build(closed)
     residuals = list(dict.fromkeys(graph.outputs[plain:]))
     permanent = graph.inputs[:parameters]
-    kept = _wanted(graph, residuals, permanent)
+    kept = _wanted(graph, residuals, permanent, graph.outputs[:plain])
     nodes = trace.between(residuals, kept)
     read = dict.fromkeys([*residuals, *(value for node in nodes for value in node.inputs)])
     stored = [value for value in read if value in kept]
@@ -72,13 +73,21 @@ def reduced(closed: Any, parameters: int, plain: int) -> tuple[Callable[..., lis
     return forward, Kept(sources, remade), [value.aval for value in stored]
 
 
-def _wanted(graph: Graph, residuals: Sequence[Value], permanent: Sequence[Value]) -> set[Value]:
-    """Residuals that the others cannot be made from cheaply, and `permanent`, which are there at any time."""
-    kept = {*residuals, *permanent}
+def _wanted(
+    graph: Graph, residuals: Sequence[Value], permanent: Sequence[Value], results: Sequence[Value]
+) -> set[Value]:
+    """Residuals that cannot be made cheaply from others, from `permanent`, which are there at any time, or `results`.
+
+    And all that they may be made from.
+    """
+    free = {*residuals, *permanent}
+    kept = {*free, *results}
     # From the last to the first: what one is made from is made before it.
     for value in sorted((v for v in residuals if v.node is not None), key=_position, reverse=True):
+        if value in results:
+            continue
         kept.discard(value)
-        if not _is_cheap(graph, value, kept):
+        if not _is_cheap(graph, value, kept, free):
             kept.add(value)
     return kept
 
@@ -88,8 +97,11 @@ def _position(value: Value) -> int:
     return value.node.position
 
 
-def _is_cheap(graph: Graph, value: Value, kept: set[Value]) -> bool:
-    """True where `value` is made from `kept` by a few cheap operations that read no more than it takes to keep it."""
+def _is_cheap(graph: Graph, value: Value, kept: set[Value], free: set[Value]) -> bool:
+    """True where `value` is made from `kept` by a few cheap operations that read no more than it takes to keep it.
+
+    What they read besides `free` is kept instead of it, and has to be no larger.
+    """
     nodes = trace.between([value], kept)
     if len(nodes) > _MOST or any(node.primitive not in _CHEAP for node in nodes):
         return False
@@ -97,4 +109,6 @@ def _is_cheap(graph: Graph, value: Value, kept: set[Value]) -> bool:
     starts = {operand for operand in read if operand in kept or operand.node is None}
     if any(start not in kept and start.const is None and start not in graph.captures for start in starts):
         return False
-    return sum(cost.nbytes(start.aval) for start in starts) <= 2 * cost.nbytes(value.aval)
+    size = cost.nbytes(value.aval)
+    instead = sum(cost.nbytes(start.aval) for start in starts if start in kept and start not in free)
+    return instead <= size and sum(cost.nbytes(start.aval) for start in starts) <= 2 * size
