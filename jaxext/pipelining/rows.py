@@ -23,7 +23,7 @@ ELEMENTWISE = frozenset(
      "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real", "reduce_precision",
      "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
      "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "name",
-     "optimization_barrier", "sharding_constraint", "reshard", "complex", "igamma", "igammac")
+     "one_minus_square", "optimization_barrier", "sharding_constraint", "reshard", "complex", "igamma", "igammac")
 )  # fmt: skip
 # Operations along the last axes, batched over all others: how many axes.
 _LAST_AXES = {"cholesky": 2, "triangular_solve": 2, "eigh": 2, "qr": 2, "lu": 2, "svd": 2, "householder_product": 2}

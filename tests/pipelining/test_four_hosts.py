@@ -74,8 +74,9 @@ def test_the_links_have_the_bandwidth_and_delay_that_they_are_given(names, link,
     asking = inside(names[0], "-I", CHECK, "ask", address(1, link), kbit * 25)
     trips = json.loads(asking.communicate(timeout=60)[0])
     rate = float(answering.communicate(timeout=60)[0])
-    # No trip is shorter than the delay; some milliseconds are the processes', where others want the cores.
-    assert 2e-3 * delay_ms <= statistics.median(trips) <= 2e-3 * delay_ms + 8e-3
+    # No trip is shorter than the delay; some milliseconds are the processes', and more of most trips' where others want
+    # the cores.
+    assert 2e-3 * delay_ms <= min(trips) <= 2e-3 * delay_ms + 8e-3
     # Of the 1500 bytes of a packet 1448 are no headers.
     assert rate == pytest.approx(kbit * 125 * 1448 / 1500, rel=0.15)
 
