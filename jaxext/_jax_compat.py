@@ -582,8 +582,8 @@ def _hide_own_frames() -> None:
     traceback_util.register_exclusion(folder)
 
 
-def jit_jaxpr(inferred: Any) -> Any:
-    """The jaxpr of what `infer()` of the jit hook returned, None where it cannot be replaced.
+def jit_jaxpr(inferred: Any) -> tuple[Any, tuple[bool, ...]] | None:
+    """The jaxpr of what the jit hook's `infer()` returned and which operands are donated; None: it must stay.
 
     It cannot where tracers of an enclosing function or mutable arrays were hoisted out of it.
     """
@@ -591,7 +591,7 @@ def jit_jaxpr(inferred: Any) -> Any:
     jaxpr = params.params["jaxpr"]
     if params.consts or open_jaxpr(jaxpr)[0].is_high:
         return None
-    return jaxpr
+    return jaxpr, params.params["donated_invars"]
 
 
 def with_jaxpr(inferred: Any, jaxpr: Any) -> Any:

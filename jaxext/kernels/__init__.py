@@ -8,6 +8,7 @@ from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
 from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
 from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT
+from jaxext.kernels._distinct_rows import DISTINCT
 from jaxext.kernels._dot import DOT
 from jaxext.kernels._export import export
 from jaxext.kernels._group_norm import GROUP_NORM, group_norm, group_norm_refusal
@@ -44,8 +45,9 @@ __all__ = [
 ]
 
 _PRIMITIVES = (DOT, TOP_K, SORT, SEARCHSORTED, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
-_WINDOWS_AND_ROWS = (LINEAR_RECURRENCE, DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT, GATHER, SCATTER)
-OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, GROUP_NORM, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS_AND_ROWS)
+_WINDOWS = (LINEAR_RECURRENCE, DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT)
+_ROWS = (GATHER, SCATTER, DISTINCT)
+OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, GROUP_NORM, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS, *_ROWS)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.
 native_status()

@@ -18,9 +18,9 @@ import numpy as np
 from jaxext.kernels._element import ORDERED
 from jaxext.kernels._op import ArgSpec, Op
 
-__all__ = ["GATHER", "SCATTER", "SCATTER_KINDS", "filler", "gather_gains", "scatter_gains"]
+__all__ = ["GATHER", "SCATTER", "SCATTER_KINDS", "filler", "gather_gains", "scatter_gains", "updates_gain"]
 
-SCATTER_KINDS = ("add", "max", "min")
+SCATTER_KINDS = ("add", "max", "min", "set")
 _SUMMED = ("float32", "bfloat16", "int32")
 _MOST_INDEXED = 4
 
@@ -32,6 +32,9 @@ LEAST_ELEMENTS = 1 << 14
 # What stock pays for is the table where that is so much larger than the updates, whatever the rows; and updates in
 # ascending order are as fast in stock where there are so many more of them.
 LARGE_TABLE, MANY_UPDATES = 4, 4
+# A pass over whole tables has to cost more than finding the rows, and than copying the tables where these are still
+# needed, which for a single one is all that a pass does. Measured in tests/bench/bench_touched_rows.py.
+LEAST_UPDATED, UPDATED_SHARE, COPIED_SHARE, LEAST_COPIED = 1 << 16, 4, 8, 2
 
 
 def filler(dtype: str, value: float | None) -> np.generic:
@@ -69,7 +72,7 @@ def _scatter(
         inserted_window_dims=tuple(range(depth)),
         scatter_dims_to_operand_dims=tuple(range(depth)),
     )
-    scatter = getattr(jax.lax, f"scatter_{kind}")
+    scatter = jax.lax.scatter if kind == "set" else getattr(jax.lax, f"scatter_{kind}")
     return (scatter(table, indices, updates, numbers, mode="clip" if clips else "drop"),)
 
 
@@ -113,6 +116,17 @@ def scatter_gains(table: Any, updates: Any, indices: Any) -> bool:
     if held >= LARGE_TABLE * elements:
         return True
     return row >= LEAST_SCATTERED_ROW and (table.dtype.itemsize < 4 or elements <= MANY_UPDATES * held)
+
+
+def updates_gain(table: Any, updates: Any, *, tables: int, copied: bool) -> bool:
+    """Whether updating the rows that have a gradient is faster than updating all.
+
+    table: [n, *row], one of `tables` alike; updates: [*batch, *row]; copied: whether tables are kept as they were.
+    """
+    elements, held = math.prod(updates.shape), math.prod(table.shape)
+    if elements == 0 or held < LEAST_UPDATED or (copied and tables < LEAST_COPIED):
+        return False
+    return held >= (COPIED_SHARE if copied else UPDATED_SHARE) * elements
 
 
 def _gather_attributes(*, fill: np.generic | None) -> Mapping[str, Any]:
@@ -165,6 +179,7 @@ SCATTER = Op(
         _spec("two indexed dimensions", (5, 6, 65), (40, 2), {"kind": "add", "clips": False}, updates=True),
         _spec("largest", (20, 40), (300, 1), {"kind": "max", "clips": False}, updates=True),
         _spec("smallest", (20, 7), (300, 1), {"kind": "min", "clips": False}, updates=True),
+        _spec("set", (20, 40), (15, 1), {"kind": "set", "clips": False}, updates=True),
         _spec("no updates", (20, 7), (0, 1), {"kind": "add", "clips": False}, updates=True),
     ),
 )

@@ -7,14 +7,15 @@ primitives that XLA runs faster on a CPU; also inside scan, while, cond, checkpo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .. import _jax_compat as compat
 from .._settings import Settings
 from ..kernels import _platform
 from ..kernels._op import Op
-from . import unrounded, written
+from . import touched_rows, unrounded, written
 from .plan import HIGHER_ORDER, LOCATION, left_out
 from .report import Entry, Report
 
@@ -45,25 +46,33 @@ class Exchange:
     before: Callable[[Any], Any] | None = None
 
 
-def exchange(jaxpr: Any, settings: Settings, exchanges: Sequence[Exchange], location: str) -> tuple[Any, Report]:
-    """`jaxpr` with its primitives exchanged, None where it stays as it is, and what was exchanged."""
+def exchange(
+    jaxpr: Any, settings: Settings, exchanges: Sequence[Exchange], location: str, donated: Sequence[bool] = ()
+) -> tuple[Any, Report]:
+    """`jaxpr` with its primitives exchanged, None where it stays as it is, and what was exchanged.
+
+    donated: which operands the program may write over.
+    """
     wanted = {e.primitive: e for e in exchanges if e.kernel not in settings.exclude}
-    walk = _Walk(wanted, unrounded.KERNEL not in settings.exclude, _platform.foreseen() == "cpu")
-    new = walk.inside(jaxpr, location)
+    walk = _Walk(wanted, settings.exclude, _platform.foreseen() == "cpu")
+    new = walk.inside(jaxpr, location, donated)
     return (None if new is jaxpr else new), walk.report
 
 
 class _Walk:
-    def __init__(self, wanted: Mapping[str, Exchange], finds_chains: bool, for_cpu: bool) -> None:
-        self._wanted, self._finds_chains, self._for_cpu = wanted, finds_chains and for_cpu, for_cpu
+    def __init__(self, wanted: Mapping[str, Exchange], exclude: Collection[str], for_cpu: bool) -> None:
+        self._wanted, self._for_cpu = wanted, for_cpu
+        self._finds_chains = for_cpu and unrounded.KERNEL not in exclude
+        self._updates_rows = for_cpu and touched_rows.KERNEL not in exclude
         self._known: dict[int, tuple[Any, Any]] = {}
         self.report = Report()
 
-    def inside(self, jaxpr: Any, location: str) -> Any:
+    def inside(self, jaxpr: Any, location: str, donated: Sequence[bool] = ()) -> Any:
         """The function, exchanged; itself where nothing changed. One that is called several times is walked once."""
         if id(jaxpr) not in self._known:
             opened, _ = compat.open_jaxpr(jaxpr)
-            flat, chains = unrounded.find(opened) if self._finds_chains else (opened.eqns, {})
+            given = self._touched_rows(opened, location, donated)
+            flat, chains = unrounded.find(given) if self._finds_chains else (given.eqns, {})
             equations = []
             for eqn in flat:
                 chain = chains.get(id(eqn))
@@ -101,6 +110,20 @@ class _Walk:
         operands = first[0].outvars if first else eqn.invars
         return [*first, eqn.replace(primitive=op.primitive, params=dict(params), invars=list(operands))]
 
+    def _touched_rows(self, opened: Any, location: str, donated: Sequence[bool]) -> Any:
+        """The open jaxpr with the tables' updates that need only some rows."""
+        if not self._updates_rows:
+            return opened
+
+        def found(update: touched_rows.Update) -> None:
+            end, shapes = update.computed[-1], tuple(compat.short_type(var.aval) for var in update.scatter.invars)
+            entry = Entry(touched_rows.KERNEL, shapes, "float32", compat.user_line(end), location)
+            self.report.replaced.append(dataclasses.replace(entry, detail="updates only rows that have a gradient"))
+
+        kept = [var for var, gone in itertools.zip_longest(opened.invars, donated, fillvalue=False) if not gone]
+        equations = touched_rows.replaced(opened, {*opened.constvars, *kept}, found)
+        return opened if equations is opened.eqns else compat.with_equations(opened, equations)
+
     def _unrounded(self, chain: unrounded.Chain, location: str) -> Any:
         end, shapes = chain.end, tuple(compat.short_type(var.aval) for var in chain.operands)
         detail = f"{len(chain.equations)} operations, rounded once"
@@ -116,8 +139,17 @@ class _Walk:
         changed = {}
         for parameter in HIGHER_ORDER.get(eqn.primitive.name, (written.PARAMETER,)):
             value = eqn.params[parameter]
-            new = tuple(self.inside(inner, location) for inner in (value if isinstance(value, tuple) else (value,)))
+            free = _overwritten(eqn)
+            new = tuple(self.inside(x, location, free) for x in (value if isinstance(value, tuple) else (value,)))
             old = value if isinstance(value, tuple) else (value,)
             if any(a is not b for a, b in zip(new, old)):
                 changed[parameter] = new if isinstance(value, tuple) else new[0]
         return eqn.replace(params={**eqn.params, **changed}) if changed else eqn
+
+
+def _overwritten(eqn: Any) -> Sequence[bool]:
+    """Which operands of a loop's body nobody needs after it: those that are carried from step to step."""
+    if eqn.primitive.name != "scan":
+        return ()
+    constants, carried = compat.scan_counts(eqn.params)
+    return [False] * constants + [True] * carried

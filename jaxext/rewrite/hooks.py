@@ -180,7 +180,7 @@ class _Traced:
     found: Report
 
 
-_traced: weakref.WeakKeyDictionary[Any, _Traced] = weakref.WeakKeyDictionary()
+_traced: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], _Traced]] = weakref.WeakKeyDictionary()
 # What was found in functions while they were traced as a part of others.
 _found_inside: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
 _traced_lock = threading.Lock()
@@ -197,11 +197,14 @@ def on_jit(fun: Callable[..., Any], infer: Callable[[], Any]) -> Any:
     report = Report()
     with collecting(report):
         inferred = infer()
-    jaxpr = compat.jit_jaxpr(inferred)
-    if jaxpr is None:
+    jitted = compat.jit_jaxpr(inferred)
+    if jitted is None:
         check_required(report, settings.require if outermost else ())
         return inferred
-    known = _known(jaxpr, settings, compat.user_name(fun), report) if outermost else _known_inside(jaxpr, report)
+    jaxpr, donated = jitted
+    known = (
+        _known(jaxpr, donated, settings, compat.user_name(fun), report) if outermost else _known_inside(jaxpr, report)
+    )
     if not outermost or known is None:
         return inferred
     check_required(known.found, settings.require)
@@ -214,21 +217,21 @@ def _known_inside(jaxpr: Any, report: Report) -> None:
             _found_inside[jaxpr] = report
         return
     with _traced_lock:
-        known = _traced.get(jaxpr)
+        known = next(iter(_traced.get(jaxpr, {}).values()), None)
         found = known.found if known is not None else _found_inside.get(jaxpr)
     if found is not None:
         record(found, strict=False)
 
 
-def _known(jaxpr: Any, settings: Settings, name: str, report: Report) -> _Traced:
+def _known(jaxpr: Any, donated: tuple[bool, ...], settings: Settings, name: str, report: Report) -> _Traced:
     with _traced_lock:
-        known, before = _traced.get(jaxpr), _found_inside.get(jaxpr)
+        known, before = _traced.get(jaxpr, {}).get(donated), _found_inside.get(jaxpr)
     if known is None:
         if not report and before is not None:
             report = before  # JAX has traced it as a part of another function, and does not do so again
-        known = _Traced(*_exchange(jaxpr, settings, name, report))
+        known = _Traced(*_exchange(jaxpr, donated, settings, name, report))
         with _traced_lock:
-            _traced[jaxpr] = known
+            _traced.setdefault(jaxpr, {})[donated] = known
     return known
 
 
@@ -283,7 +286,9 @@ def _run_accelerated(fun: Callable[..., Any], settings: Settings, args: Any, kwa
         return fun(*args, **kwargs)
 
 
-def _exchange(jaxpr: Any, settings: Settings, name: str, before: Report) -> tuple[Any, Report]:
+def _exchange(
+    jaxpr: Any, donated: tuple[bool, ...], settings: Settings, name: str, before: Report
+) -> tuple[Any, Report]:
     """The jaxpr of the whole step, rewritten (None: left as it is), and all that was found in it."""
     plan = planning.make(jaxpr, settings, _patterns(), _mode(whole_step=True))
     new = None
@@ -293,7 +298,7 @@ def _exchange(jaxpr: Any, settings: Settings, name: str, before: Report) -> tupl
         except NotExchangeable as error:
             plan.refuse(str(error))
     found = plan.full_report(name)
-    exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name)
+    exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name, donated)
     found.extend(more)
     record(found, settings.strict)
     found.extend(before)

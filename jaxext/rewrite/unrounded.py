@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import DropVar, Var
 
 from .. import _jax_compat as compat
 from .plan import left_out
-from .written import evaluate, is_literal
+from .written import CALLS, evaluate, inlined, is_literal
 
 KERNEL = "elementwise"
 
@@ -31,7 +30,6 @@ _ELEMENTWISE = frozenset(
         *("rsqrt", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "erf", "erfc", "sin", "cos", "select_n"),
     )
 )
-_CALLS = ("jit", "pjit")
 
 # How often XLA rounds within one operation, where that is more than once.
 _ROUNDINGS = {"logistic": 4}
@@ -65,7 +63,7 @@ def find(jaxpr: Any) -> tuple[Sequence[Any], Mapping[int, Chain]]:
     """
     if not is_permitted():
         return jaxpr.eqns, {}
-    flat = [inner for eqn in jaxpr.eqns for inner in _inlined(eqn)]
+    flat = [inner for eqn in jaxpr.eqns for inner in inlined(eqn, _is_arithmetic)]
     members: dict[int, list[Any]] = {}
     for number, home in sorted(_homes(flat, jaxpr.outvars).items()):
         members.setdefault(home, []).append(flat[number])
@@ -80,23 +78,6 @@ def is_permitted() -> bool:
     return "xla_allow_excess_precision=false" not in os.environ.get("XLA_FLAGS", "").lower()
 
 
-def _inlined(eqn: Any) -> list[Any]:
-    """The equations of a call of a function that is bfloat16 arithmetic on each element; else the equation itself."""
-    if eqn.primitive.name not in _CALLS or not _is_arithmetic(eqn):
-        return [eqn]
-    inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
-    results = {own: var for own, var in zip(inner.outvars, eqn.outvars) if not isinstance(var, DropVar)}
-    named = dict(zip(inner.invars, eqn.invars)) | results
-    equations = []
-    for each in inner.eqns:
-        for var in each.outvars:
-            named.setdefault(var, Var(var.aval))
-        read = [var if is_literal(var) else named[var] for var in each.invars]
-        made = [named[var] for var in each.outvars]
-        equations += _inlined(each.replace(invars=read, outvars=made, source_info=eqn.source_info))
-    return equations
-
-
 def _homes(equations: Sequence[Any], results: Collection[Any]) -> dict[int, int]:
     """The number of each elementwise equation, and of the one that ends its chain."""
     readers: dict[Any, list[int]] = {}
@@ -108,7 +89,7 @@ def _homes(equations: Sequence[Any], results: Collection[Any]) -> dict[int, int]
     homes: dict[int, int] = {}
     for number in reversed(range(len(equations))):
         eqn = equations[number]
-        if eqn.primitive.name in _CALLS or not _is_arithmetic(eqn):
+        if eqn.primitive.name in CALLS or not _is_arithmetic(eqn):
             continue
         (result,) = eqn.outvars
         reading = {homes.get(reader) for reader in readers.get(result, ())}
@@ -121,7 +102,7 @@ def _homes(equations: Sequence[Any], results: Collection[Any]) -> dict[int, int]
 def _is_arithmetic(eqn: Any) -> bool:
     """Whether `eqn` is bfloat16 arithmetic on each element, or a call of a function that is nothing else."""
     name, inside = eqn.primitive.name, ()
-    if name in _CALLS:
+    if name in CALLS:
         inner, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         made = [var for each in inner.eqns for var in each.outvars]
         results = {var for var in inner.outvars if not is_literal(var)}

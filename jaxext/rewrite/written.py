@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import DropVar, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from .. import _jax_compat as compat
 from ..kernels import _sharding
 
+CALLS = ("jit", "pjit")
 PARAMETER = "written"  # holds the function that runs on one CPU device; "original" the one that runs elsewhere
 
 _written = Primitive("jaxext_written")
@@ -27,16 +28,43 @@ def equation(run: Callable[..., Any], eqn: Any, name: str) -> Any:
     return equation_for([eqn], eqn.invars, run, name)
 
 
-def equation_for(equations: Sequence[Any], operands: Sequence[Any], run: Callable[..., Any], name: str) -> Any:
-    """As `equation`, in the place of several that read `operands` and of which only the last one's results are read."""
+def equation_for(
+    equations: Sequence[Any],
+    operands: Sequence[Any],
+    run: Callable[..., Any],
+    name: str,
+    results: Sequence[Any] | None = None,
+) -> Any:
+    """As `equation`, in the place of several that read `operands` and of which only `results` are read.
+
+    results: None for those of the last equation.
+    """
 
     def named(*arrays: Any) -> Any:
         return run(*arrays)
 
     named.__name__ = named.__qualname__ = name
     types, end = [var.aval for var in operands], equations[-1]
-    params = _traced(jax.jit(named), lambda *xs: evaluate(equations, operands, xs, end.outvars), types)
-    return end.replace(primitive=_written, invars=list(operands), params=params)
+    made = list(end.outvars if results is None else results)
+    params = _traced(jax.jit(named), lambda *xs: evaluate(equations, operands, xs, made), types)
+    return end.replace(primitive=_written, invars=list(operands), outvars=made, params=params)
+
+
+def inlined(eqn: Any, opens: Callable[[Any], bool]) -> list[Any]:
+    """The equations of a call, of calls in it too, where `opens(call)`; else the equation itself."""
+    if eqn.primitive.name not in CALLS or not opens(eqn):
+        return [eqn]
+    inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+    results = {own: var for own, var in zip(inner.outvars, eqn.outvars) if not isinstance(var, DropVar)}
+    named = dict(zip(inner.invars, eqn.invars)) | results
+    equations = []
+    for each in inner.eqns:
+        for var in each.outvars:
+            named.setdefault(var, Var(var.aval))
+        read = [var if is_literal(var) else named[var] for var in each.invars]
+        made = [named[var] for var in each.outvars]
+        equations += inlined(each.replace(invars=read, outvars=made, source_info=eqn.source_info), opens)
+    return equations
 
 
 def is_literal(var: Any) -> bool:

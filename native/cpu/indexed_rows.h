@@ -24,7 +24,7 @@ struct GatherArgs {
   int fill_bytes;  // 1, 2 or 4
 };
 
-enum class ScatterKind : int { add, max, min };
+enum class ScatterKind : int { add, max, min, set };
 
 struct ScatterArgs {
   RowNumbers numbers;
@@ -33,6 +33,13 @@ struct ScatterArgs {
   int64_t rows, width;
   ScatterKind kind;
   Element type;  // f32, bf16 or i32
+};
+
+struct DistinctArgs {
+  RowNumbers numbers;  // of one indexed dimension
+  int32_t* rows;       // [most]: each row that is meant once, then sizes[0], which is none
+  int32_t* places;     // [count]: into rows; `most` where an index means no row
+  int64_t most;        // the fewer of count and sizes[0]
 };
 
 }  // namespace jaxext

@@ -1,4 +1,4 @@
-// scatter-add, -max and -min of whole rows, each row's updates in the order of their indices, however many threads.
+// scatter, scatter-add, -max and -min of whole rows, each row's updates in the order of their indices, however many threads.
 // Where the indices ascend the updates are divided among threads; otherwise one thread reads them as they come, which is
 // as fast as several that each skip the others' rows. bfloat16 sums are kept in float32 until a row is complete, so its
 // updates are put in order first.
@@ -26,6 +26,10 @@ struct Max {
 struct Min {
   static JAXEXT_INLINE vf step(vf a, vf b) { return smaller(a, b); }
   static JAXEXT_INLINE int32_t step(int32_t a, int32_t b) { return a < b ? a : b; }
+};
+struct Set {
+  static JAXEXT_INLINE vf step(vf, vf b) { return b; }
+  static JAXEXT_INLINE int32_t step(int32_t, int32_t b) { return b; }
 };
 
 // `row` takes in one update.
@@ -163,6 +167,7 @@ void of_kind(const ScatterArgs& a, const Parallel& par) {
 void scatter_rows(const ScatterArgs& a, const Parallel& par) {
   if (a.kind == ScatterKind::add) return of_kind<Add>(a, par);
   if (a.kind == ScatterKind::max) return of_kind<Max>(a, par);
+  if (a.kind == ScatterKind::set) return of_kind<Set>(a, par);
   of_kind<Min>(a, par);
 }
 
@@ -188,7 +193,7 @@ ffi::Error scatter_rows_handler(ffi::ThreadPool pool, ffi::AnyBuffer table, ffi:
     return bad_argument("scatter_rows", "updates", "a row of table for each index, table being " + shape_text(dims));
   if (out->untyped_data() != table.untyped_data())
     return bad_argument("scatter_rows", "table", "the buffer that the result overwrites");
-  if (kind < 0 || kind > 2) return bad_argument("scatter_rows", "kind", "0 (add), 1 (max) or 2 (min)");
+  if (kind < 0 || kind > 3) return bad_argument("scatter_rows", "kind", "0 (add), 1 (max), 2 (min) or 3 (set)");
   a.table = table.untyped_data();
   a.updates = updates.untyped_data();
   a.rows = product(dims, 0, a.numbers.depth);

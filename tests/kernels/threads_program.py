@@ -16,6 +16,7 @@ from jaxext import _native, kernels
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT, Window
+from jaxext.kernels._distinct_rows import DISTINCT
 from jaxext.kernels._indexed_rows import GATHER, SCATTER
 from jaxext.kernels._linear_recurrence import LINEAR_RECURRENCE
 from jaxext.kernels._max_pool import MAX_POOL, MAX_POOL_GRADIENT
@@ -54,7 +55,8 @@ def bits(x):
 def rows_by_number(x):
     numbers = jnp.asarray(LABELS[:, None] % ROWS)
     taken = GATHER(jnp.tile(x, (8, 1)), jnp.tile(numbers, (8, 1)), fill=None)
-    return taken, SCATTER(x, jnp.tile(numbers, (8, 1)), jnp.tile(x, (8, 1)), kind="add", clips=False)
+    added = SCATTER(x, jnp.tile(numbers, (8, 1)), jnp.tile(x, (8, 1)), kind="add", clips=False)
+    return taken, added, DISTINCT(jnp.tile(numbers, (8, 1)), held=COLUMNS, clips=False)
 
 
 def depthwise(x):
