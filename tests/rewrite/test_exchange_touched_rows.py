@@ -146,6 +146,7 @@ def test_numbers_of_no_row_are_dropped_or_mean_the_nearest_one(mode):
     assert_updated_by_rows(step, table(), rows, updates, operands=1)
 
 
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize(
     "results",
     [
