@@ -4,6 +4,7 @@ from jaxext.kernels import _attention_cudnn as _attention_cudnn
 from jaxext.kernels import _norm_cuda as _norm_cuda
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal
+from jaxext.kernels._convolution import CONVOLUTION, CONVOLUTION_GRADIENT
 from jaxext.kernels._cross_entropy import OPS as _CROSS_ENTROPY
 from jaxext.kernels._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_refusal
 from jaxext.kernels._cumulative import CUMULATIVE
@@ -45,8 +46,8 @@ __all__ = [
 ]
 
 _PRIMITIVES = (DOT, TOP_K, SORT, SEARCHSORTED, ARG_REDUCE, CUMULATIVE, RANDOM_BITS)
-_WINDOWS = (LINEAR_RECURRENCE, DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT)
-_ROWS = (GATHER, SCATTER, DISTINCT)
+_WINDOWS = (CONVOLUTION, CONVOLUTION_GRADIENT, DEPTHWISE, DEPTHWISE_GRADIENT, MAX_POOL, MAX_POOL_GRADIENT)
+_ROWS = (LINEAR_RECURRENCE, GATHER, SCATTER, DISTINCT)
 OPS: tuple[Op, ...] = (ATTENTION, *_NORMS, GROUP_NORM, *_CROSS_ENTROPY, *_PRODUCTS, *_PRIMITIVES, *_WINDOWS, *_ROWS)
 
 # A program that was exported or compiled elsewhere calls the kernels without tracing any of these functions.

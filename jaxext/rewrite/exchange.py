@@ -21,15 +21,25 @@ from .report import Entry, Report
 
 
 @dataclasses.dataclass(frozen=True)
+class Instead:
+    """`equation` made an operand of the exchanged one; `operands` are what both together read."""
+
+    equation: Any
+    operands: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Expression:
     """`run(*operands)` computes the equation's result, or a list of its results, in plain JAX.
 
     For the report: `detail` says how, `shapes` stands for the operands' types where these would say little.
+    `instead`: what `run` is given in the place of the operands, where it also does what made one of them.
     """
 
     run: Callable[..., Any]
     detail: str
     shapes: tuple[str, ...] | None = None
+    instead: Instead | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +48,14 @@ class Exchange:
 
     `choose(equation)` returns the op and its parameters, or an expression; None where stock JAX is to run it.
     `before(equation)` makes an equation to run first, whose results the op takes in the operands' place.
+    `behind`: JAX's name of what may make the last operand; `choose(equation, its equation)` is then told of it.
     """
 
     kernel: str
     primitive: str
-    choose: Callable[[Any], tuple[Op, Mapping[str, Any]] | Expression | None]
+    choose: Callable[..., tuple[Op, Mapping[str, Any]] | Expression | None]
     before: Callable[[Any], Any] | None = None
+    behind: str = ""
 
 
 def exchange(
@@ -64,6 +76,7 @@ class _Walk:
         self._wanted, self._for_cpu = wanted, for_cpu
         self._finds_chains = for_cpu and unrounded.KERNEL not in exclude
         self._updates_rows = for_cpu and touched_rows.KERNEL not in exclude
+        self._behind = {e.behind for e in wanted.values() if e.behind}
         self._known: dict[int, tuple[Any, Any]] = {}
         self.report = Report()
 
@@ -74,10 +87,11 @@ class _Walk:
             given = self._touched_rows(opened, location, donated)
             flat, chains = unrounded.find(given) if self._finds_chains else (given.eqns, {})
             equations = []
+            makers = {eqn.outvars[0]: eqn for eqn in flat if eqn.primitive.name in self._behind}
             for eqn in flat:
                 chain = chains.get(id(eqn))
                 if chain is None:
-                    equations += self._equations(eqn, location)
+                    equations += self._equations(eqn, location, makers)
                 elif chain.end is eqn:
                     equations.append(self._unrounded(chain, location))
             same = len(equations) == len(opened.eqns) and all(new is old for new, old in zip(equations, opened.eqns))
@@ -85,10 +99,14 @@ class _Walk:
             self._known[id(jaxpr)] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
         return self._known[id(jaxpr)][1]
 
-    def _equations(self, eqn: Any, location: str) -> list[Any]:
+    def _equations(self, eqn: Any, location: str, makers: Mapping[Any, Any]) -> list[Any]:
         name = eqn.primitive.name
         wanted = self._wanted.get(name)
-        chosen = wanted.choose(eqn) if wanted is not None and not left_out(wanted.kernel, eqn) else None
+        chosen = None
+        if wanted is not None and not left_out(wanted.kernel, eqn):
+            last = eqn.invars[-1] if wanted.behind else None
+            maker = None if last is None or written.is_literal(last) else makers.get(last)
+            chosen = wanted.choose(eqn) if maker is None else wanted.choose(eqn, maker)
         if isinstance(chosen, Expression) and not self._for_cpu:
             chosen = None  # what XLA runs slowly on a CPU
         if wanted is None or chosen is None:
@@ -103,7 +121,9 @@ class _Walk:
         entry = Entry(wanted.kernel, shapes, dtype, compat.user_line(eqn), location, detail=detail)
         self.report.replaced.append(entry)
         if isinstance(chosen, Expression):
-            new = written.equation(chosen.run, eqn, f"jaxext_{wanted.kernel}")
+            both = chosen.instead
+            equations, operands = ([eqn], eqn.invars) if both is None else ([both.equation, eqn], both.operands)
+            new = written.equation(equations, operands, chosen.run, f"jaxext_{wanted.kernel}")
             return [self._higher_order(new, location) if name in HIGHER_ORDER else new]
         op, params = chosen
         first = [] if wanted.before is None else [wanted.before(eqn)]
@@ -131,7 +151,7 @@ class _Walk:
         self.report.replaced.append(
             Entry(unrounded.KERNEL, shapes, dtype, compat.user_line(end), location, detail=detail)
         )
-        return written.equation_for(chain.equations, chain.operands, chain.run, f"jaxext_{unrounded.KERNEL}")
+        return written.equation(chain.equations, chain.operands, chain.run, f"jaxext_{unrounded.KERNEL}")
 
     def _higher_order(self, eqn: Any, location: str) -> Any:
         if left_out("", eqn):

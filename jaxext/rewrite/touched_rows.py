@@ -74,7 +74,7 @@ class Update:
         """The equation in the place of `scatter` and `computed`."""
         operands = [*self.scatter.invars[1:], *self.operands]
         original = [self.zeros, self.scatter, *self.fixed, *self.computed]
-        return written.equation_for(original, operands, self.run, f"jaxext_{KERNEL}", self.results)
+        return written.equation(original, operands, self.run, f"jaxext_{KERNEL}", self.results)
 
 
 def replaced(jaxpr: Any, kept: Collection[Any], found: Callable[[Update], None]) -> Sequence[Any]:

@@ -23,21 +23,16 @@ _written = Primitive("jaxext_written")
 _written.multiple_results = True
 
 
-def equation(run: Callable[..., Any], eqn: Any, name: str) -> Any:
-    """An equation in the place of `eqn`; on one CPU device it calls jitted `run(*operands)`, known as `name`."""
-    return equation_for([eqn], eqn.invars, run, name)
-
-
-def equation_for(
+def equation(
     equations: Sequence[Any],
     operands: Sequence[Any],
     run: Callable[..., Any],
     name: str,
     results: Sequence[Any] | None = None,
 ) -> Any:
-    """As `equation`, in the place of several that read `operands` and of which only `results` are read.
+    """An equation in the place of `equations`, which read `operands` and of which only `results` are read.
 
-    results: None for those of the last equation.
+    results: None for those of the last equation. On one CPU device it calls jitted `run(*operands)`, known as `name`.
     """
 
     def named(*arrays: Any) -> Any:

@@ -120,15 +120,44 @@ def convolutions():
         x, w = array((batch, image, image, c)), array((k, k, c, o))
         run = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)  # noqa: E731
         report(f"window {k} on {(batch, image, image, c)} to {o}", jaxext.accelerate(run), run, True, x, w)
-    for batch, image, c, o, k in ((8, 16, 64, 64, 4), (8, 8, 128, 128, 4), (2, 64, 32, 32, 2)):
+
+
+def dense_convolutions():
+    sizes = (
+        (8, 32, 64, 64, 3, 1), (8, 32, 128, 64, 3, 1), (8, 16, 128, 128, 3, 1), (8, 8, 128, 128, 3, 1),
+        (8, 32, 64, 64, 3, 2), (8, 32, 3, 64, 3, 1), (8, 32, 64, 3, 3, 1), (32, 64, 3, 64, 7, 2),
+        (32, 16, 64, 256, 1, 1), (32, 8, 128, 256, 1, 2), (32, 4, 256, 256, 3, 1), (32, 2, 512, 512, 3, 1),
+        (8, 14, 512, 512, 3, 1), (8, 56, 3, 96, 4, 4), (1, 224, 3, 64, 7, 2), (128, 28, 1, 32, 3, 1),
+        (128, 14, 32, 64, 3, 1), (1, 8, 32, 32, 3, 1), (1, 8, 8, 8, 3, 1), (1, 4, 8, 8, 3, 1), (1, 4, 4, 4, 3, 1),
+    )  # fmt: skip
+    for batch, image, c, o, k, stride in sizes:
+        for dtype in ("float32", "bfloat16") if (image, c, o) == (16, 128, 128) else ("float32",):
+            x, w = array((batch, image, image, c), dtype), array((k, k, c, o), dtype)
+
+            def forward(x, w, strides=(stride, stride)):
+                return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=NHWC)
+
+            name = f"{k} by {stride} on {(batch, image, image, c)} to {o} {dtype}"
+            each_gradient(name, forward, x, w)
+
+
+def transposed_convolutions():
+    for batch, image, c, o, k in ((8, 16, 64, 64, 4), (8, 8, 128, 128, 4), (2, 64, 32, 32, 2), (16, 4, 100, 256, 4)):
         x, w = array((batch, image, image, c)), array((k, k, c, o))
 
-        def forward(w, x):
+        def forward(x, w):
             return jax.lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=NHWC)
 
-        gradient = lambda w, x, d, forward=forward: jax.linear_transpose(lambda w: forward(w, x), w)(d)[0]  # noqa: E731
-        name = f"transposed {k} on {(batch, image, image, c)} to {o}, dW"
-        report(name, jaxext.accelerate(gradient), gradient, True, w, x, jnp.ones(jax.eval_shape(forward, w, x).shape))
+        each_gradient(f"transposed {k} on {(batch, image, image, c)} to {o}", forward, x, w)
+
+
+def each_gradient(name, forward, x, w):
+    d = jax.jit(forward)(x, w)
+    of_image = lambda x, w, d: jax.linear_transpose(lambda x: forward(x, w), x)(d)[0]  # noqa: E731
+    of_kernel = lambda x, w, d: jax.linear_transpose(lambda w: forward(x, w), w)(d)[0]  # noqa: E731
+    report(name, jaxext.accelerate(forward), forward, True, x, w)
+    report(f"{name}, dx", jaxext.accelerate(of_image), of_image, True, x, w, d)
+    report(f"{name}, dW", jaxext.accelerate(of_kernel), of_kernel, True, x, w, d)
 
 
 def depthwise_convolutions():
@@ -171,6 +200,8 @@ if __name__ == "__main__":
         rows_by_number,
         random_numbers,
         convolutions,
+        dense_convolutions,
+        transposed_convolutions,
         depthwise_convolutions,
         windows,
     ):

@@ -4,6 +4,8 @@ Called without jit where they are not transposed: each operand and result is the
 AddressSanitizer watches (`make sanitize`).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +17,7 @@ from test_conformance import assert_as_good_as_reference, float_indices, operand
 
 from jaxext.kernels import (
     _arg_reduce,
+    _convolution,
     _cross_entropy,
     _cumulative,
     _depthwise,
@@ -77,6 +80,20 @@ def products(m, k, n, a_turned, b_turned):
 
 def dots(batch, m, k, n, out):
     return _dot._spec("", (batch, m, k), (batch, n, k), (((2,), (2,)), ((0,), (0,))), out)
+
+
+def convolution(gradient, images, size, taps, channels, features, stride, base, low):
+    reach = [(n - 1) * base + 1 + 2 * low - k for n, k in zip(size, taps)]
+    places = tuple(max(1, n // stride + 1) for n in reach)
+    window = _depthwise.Window(places, (stride,) * 2, base=(base,) * 2, low=(low, low))
+    (spec, *_) = _convolution._row(gradient, "", (images, *size, channels), taps, features, window)
+    return spec
+
+
+def convolution_specs(gradient):
+    sizes, taps = st.tuples(chosen(1, 2, 7, 12), chosen(1, 5, 9)), st.tuples(chosen(1, 2, 3), chosen(1, 2, 4, 7))
+    some = (chosen(0, 1, 3, 13), sizes, taps, SMALL, SMALL, chosen(1, 2), chosen(1, 2, 3), chosen(0, 1, 3))
+    return st.builds(convolution, st.just(gradient), *some)
 
 
 def depthwise(gradient, images, size, taps, channels, stride, dilation, low):
@@ -178,6 +195,8 @@ OTHERS = {
     ),
     "max_pool": (_max_pool.MAX_POOL, FLOATS, pool_specs(False)),
     "max_pool_gradient": (_max_pool.MAX_POOL_GRADIENT, FLOATS, pool_specs(True)),
+    "dense_convolution": (_convolution.CONVOLUTION, ("float32",), convolution_specs(False)),
+    "dense_convolution_gradient": (_convolution.CONVOLUTION_GRADIENT, ("float32",), convolution_specs(True)),
     "depthwise": (_depthwise.DEPTHWISE, FLOATS, depthwise_specs(False)),
     "depthwise_gradient": (_depthwise.DEPTHWISE_GRADIENT, FLOATS, depthwise_specs(True)),
     "random_bits": (
@@ -192,9 +211,18 @@ OTHERS = {
 ROUNDINGS = {"cross_entropy": 4, "target_cross_entropy": 4}
 
 
-def accumulated(spec, xs, stock):
+# How many products each value of a result is the sum of.
+SUMMED = {
+    "product": lambda a, b, params: a.shape[-2 if params.get("a_turned") else -1],
+    "dot": lambda a, b, params: a.shape[-1],
+    "dense_convolution": lambda x, kernel, params: math.prod(kernel.shape[:3]),
+    "dense_convolution_gradient": lambda x, cotangent, params: math.prod(cotangent.shape[:3]),
+}
+
+
+def accumulated(name, spec, xs, stock):
     """Higham (2002), 3.1: a product's k roundings, in float32, of the sum of absolute products."""
-    k = xs[0].shape[-2 if spec.params.get("a_turned") else -1]
+    k = SUMMED[name](*xs, spec.params)
     (sizes,) = oracle(stock, [jnp.abs(x) for x in xs])
     return (k + 2) * float(jnp.finfo("float32").eps) * sizes.max(initial=0)
 
@@ -245,7 +273,7 @@ def test_values_of_any_shape_are_as_exact_as_the_reference(name, data):
     xs = operands_of(spec, dtype)
     stock = reference(op, spec)
     found = results(run(op, spec), xs, transposed)
-    sums = accumulated(spec, xs, stock) if name in ("product", "dot") else 0.0
+    sums = accumulated(name, spec, xs, stock) if name in SUMMED else 0.0
     assert_as_good_as_reference(found, as_written(stock)(*xs), oracle(stock, xs), 1, sums)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxext import _native, kernels
 from jaxext.kernels._arg_reduce import ARG_REDUCE
+from jaxext.kernels._convolution import CONVOLUTION, CONVOLUTION_GRADIENT
 from jaxext.kernels._cumulative import CUMULATIVE
 from jaxext.kernels._depthwise import DEPTHWISE, DEPTHWISE_GRADIENT, Window
 from jaxext.kernels._distinct_rows import DISTINCT
@@ -65,6 +66,12 @@ def depthwise(x):
     return result, DEPTHWISE_GRADIENT(images, images, window=Window((3, 3), low=(1, 1)))
 
 
+def dense(x):
+    images, kernel = x.reshape(6, 16, 16, 32), x[:36].reshape(3, 3, 32, 32)
+    (result,) = CONVOLUTION(images, kernel, window=Window((16, 16), low=(1, 1)))
+    return result, CONVOLUTION_GRADIENT(images, images, window=Window((3, 3), low=(1, 1)))
+
+
 def pooled(x):
     images = x.reshape(8, 6, 8, 128)
     params = {"window": (3, 3), "strides": (2, 2), "padding": ((0, 1), (0, 1)), "trailing": 1}
@@ -100,6 +107,7 @@ CALLS = {
     "cumulative": columns_scanned,
     "random_bits": bits,
     "rows_by_number": rows_by_number,
+    "convolution": dense,
     "depthwise": depthwise,
     "max_pool": pooled,
 }

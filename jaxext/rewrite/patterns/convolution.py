@@ -18,7 +18,7 @@ import numpy as np
 
 from ... import _jax_compat as compat
 from ..exchange import Exchange, Expression
-from . import depthwise
+from . import dense, depthwise
 
 # Below, both take so little that starting them counts. Measured in tests/bench/bench_primitives.py.
 LEAST_OPERATIONS = 1 << 22
@@ -26,13 +26,13 @@ LEAST_KERNEL, LEAST_FEATURES = 1 << 13, 16
 MOST_TAPS = 49  # of a window that becomes patches: each is a slice of the program
 
 
-def _choose(eqn: Any) -> Expression | None:
+def _choose(eqn: Any, reverse: Any = None) -> Expression | None:
     if any(compat.explicit_sharding(var.aval) for var in eqn.invars):
         return None
-    return depthwise.choose(eqn) or _dense(eqn)
+    return depthwise.choose(eqn) or dense.choose(eqn, reverse) or _otherwise(eqn)
 
 
-def _dense(eqn: Any) -> Expression | None:
+def _otherwise(eqn: Any) -> Expression | None:
     x, w = (var.aval for var in eqn.invars)
     params = eqn.params
     plain = params["feature_group_count"] == params["batch_group_count"] == 1
@@ -121,4 +121,4 @@ def _patches(x: jax.Array, w: jax.Array, *, params: Any) -> jax.Array:
     return product.transpose(np.argsort(order)).astype(params["preferred_element_type"] or x.dtype)
 
 
-EXCHANGE = Exchange("convolution", "conv_general_dilated", _choose)
+EXCHANGE = Exchange("convolution", "conv_general_dilated", _choose, behind="rev")
