@@ -1,8 +1,10 @@
-"""`lax.dot_general` of bfloat16 operands, multiplied in bfloat16 and accumulated in float32, and of few float32 rows.
+"""`lax.dot_general` of bfloat16 operands, multiplied in bfloat16 and accumulated in float32, and of few float32 rows or
+columns.
 
 XLA widens bfloat16 on CPU and multiplies at float32's rate; AVX512-BF16 has twice that. Where the dimensions lie one
 after the other in memory (those of the batch first) they are read where they are, otherwise XLA transposes them first.
-A few float32 rows times a matrix, as in a step of a recurrent network, XLA runs at a quarter of the peak.
+A few float32 rows times a matrix, as in a step of a recurrent network, XLA runs at a quarter of the peak;
+so it does two tall matrices of few columns multiplied over their rows, as in the gradient of a narrow layer's weights.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ LEAST_SIDE = 16
 # Of float32 rows, with the matrix in the second-level caches; below, XLA is as fast.
 FEW_ROWS, FEW_ROWS_MATRIX = (8, 64), (1 << 17, 1 << 20)
 FEW_ROWS_LEAST_FLOPS = 1 << 22
+# Of two tall float32 matrices, multiplied over their rows; of one column XLA is as fast, with more it divides the work.
+FEW_COLUMNS, FEW_COLUMNS_LEAST_ROWS = (2, 128), 256
+FEW_COLUMNS_LEAST_FLOPS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +97,17 @@ def _refuses(a: Any, b: Any, *, dimension_numbers: Dimensions, preferred_element
 
 
 def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
-    """Whether the kernel beats XLA: bfloat16 instructions and a product large enough both ways, or few rows."""
+    """Whether the kernel beats XLA: bfloat16 instructions and a product large enough both ways, few rows or few columns."""
     native = _native_module.load()
     isa = None if native is None else native.active_isa()
     left, right = _views(a, b, dimension_numbers)
     batch, k, m = left.shape if left.turned else (left.shape[0], left.shape[2], left.shape[1])
     n = right.shape[1] if right.turned else right.shape[2]
     if a.dtype == jnp.float32:
+        if left.turned and not right.turned:
+            few = batch == 1 and FEW_COLUMNS[0] <= min(m, n) and max(m, n) <= FEW_COLUMNS[1]
+            enough = k >= FEW_COLUMNS_LEAST_ROWS and 2 * m * k * n >= FEW_COLUMNS_LEAST_FLOPS
+            return isa in ("v4", "v4bf16") and few and enough
         stays = batch == 1 and not left.turned and (right.turned or n % 16 == 0) and min(k, n) >= LEAST_SIDE
         few = FEW_ROWS[0] <= m <= FEW_ROWS[1] and FEW_ROWS_MATRIX[0] <= k * n <= FEW_ROWS_MATRIX[1]
         return isa in ("v4", "v4bf16") and stays and few and 2 * m * k * n >= FEW_ROWS_LEAST_FLOPS
@@ -129,6 +138,8 @@ DOT = Op(
         _spec("input gradient", (2, 5, 7), (9, 7), (((2,), (1,)), ((), ())), "bfloat16"),
         _spec("batched heads", (2, 5, 3, 8), (2, 6, 3, 8), (((3,), (3,)), ((0, 2), (0, 2))), "float32"),
         _spec("few rows", (19, 33), (33, 48), (((1,), (0,)), ((), ())), "float32", "float32"),
+        _spec("few columns", (1100, 13), (1100, 41), (((0,), (0,)), ((), ())), "float32", "float32"),
+        _spec("few columns, swapped", (300, 70), (300, 3), (((0,), (0,)), ((), ())), "float32", "float32"),
         _spec("few rows, turned", (13, 300), (37, 300), (((1,), (1,)), ((), ())), "float32", "float32"),
     ),
 )

@@ -5,6 +5,7 @@
 #include "product.h"
 
 #ifdef JAXEXT_KERNEL
+#include "few_columns.h"
 #include "few_rows.h"
 #include "panels.h"
 
@@ -108,6 +109,7 @@ void multiply_as(const ProductArgs& a, const Parallel& par) {
 
 void matrix_product(const ProductArgs& a, const Parallel& par) {
 #if defined(__AVX512F__)
+  if (has_few_columns(a)) return few_columns(a, par);
   if (has_few_rows(a)) return few_rows(a, par);
 #endif
 #if defined(__AVX512BF16__)
