@@ -1,10 +1,11 @@
 // Softmax cross-entropy of rows of logits, forward and backward, in f32 whatever the storage.
 //
 // Forward reads a row once, in blocks that stay in the first-level cache: the block's maximum, then its exponentials
-// against the running maximum. Backward reads it once and writes the gradient.
+// against the running maximum. Backward reads it once and writes the gradient. Of few classes many rows are read together.
 #include "cross_entropy.h"
 
 #ifdef JAXEXT_KERNEL
+#include "log_onto.h"
 #include "rows.h"
 
 namespace jaxext::JAXEXT_ISA {
@@ -184,6 +185,101 @@ void backward_rows(const CrossEntropyArgs& a, const Parallel& par) {
   });
 }
 
+// Rows of few classes, kTogether at a time: the lanes are rows. What lies beyond the last row is zeros.
+constexpr int64_t kFewClasses = 16, kTogether = 64;
+
+struct Together {
+  int64_t first, rows;
+  alignas(64) float logits[kFewClasses][kTogether];
+  alignas(64) int32_t classes[kTogether];
+
+  Together(const CrossEntropyArgs& a, int64_t first) : first(first), rows(a.rows - first) {
+    if (rows > kTogether) rows = kTogether;
+    for (int64_t c = 0; c < a.classes; c++)
+      for (int64_t r = 0; r < kTogether; r++)
+        logits[c][r] = r < rows ? value(a.logits, (first + r) * a.classes + c) : 0.f;
+    for (int64_t r = 0; r < kTogether; r++) classes[r] = r < rows ? static_cast<int32_t>(class_of(a, first + r)) : 0;
+  }
+  JAXEXT_INLINE vi class_at(int64_t l) const {
+    vi y;
+    memcpy(&y, classes + l, sizeof y);
+    return y;
+  }
+};
+
+// Tasks of whole groups of rows.
+template <class Body>
+void over_groups(const CrossEntropyArgs& a, const Parallel& par, const Body& body) {
+  const int64_t groups = kSerialElements / 2 / a.classes / kTogether, rows = groups * kTogether;
+  parallel_for(threads_for(par, a.rows * a.classes), (a.rows + rows - 1) / rows, [&](int64_t task) {
+    for (int64_t i = task * rows; i < (task + 1) * rows && i < a.rows; i += kTogether) body(i);
+  });
+}
+
+template <class X>
+void forward_few(const CrossEntropyArgs& a, const Parallel& par) {
+  over_groups(a, par, [&](int64_t first) {
+    const Together group(a, first);
+    alignas(64) float top[kTogether], sum[kTogether], below[kTogether], loss[kTogether];
+    vi special = vi{} - (a.smoothing != 0.f);
+    for (int64_t l = 0; l < kTogether; l += kLanes) {
+      vf most = splat(kLeast), total = {}, own = {};
+      const vi y = group.class_at(l);
+      for (int64_t c = 0; c < a.classes; c++) most = max(load(group.logits[c] + l), most);
+      for (int64_t c = 0; c < a.classes; c++) {
+        const vf x = load(group.logits[c] + l);
+        total += exp_shifted(x - most);
+        own = select(y == static_cast<int32_t>(c), x, own);
+        if (a.one_hot) special |= x == splat(-kInfinity);
+      }
+      special |= (most == splat(kInfinity)) | (y < 0);
+      const vf log_sum = log_onto(vf{}, total);
+      store(top + l, most), store(sum + l, total), store(below + l, log_sum);
+      store(loss + l, log_sum + (most - own));
+    }
+    if (any(special)) {
+      for (int64_t r = 0; r < group.rows; r++) {
+        const X* x = static_cast<const X*>(a.logits.data) + (first + r) * a.classes;
+        const Normalizer normal{top[r], sum[r]};
+        normal.keep(x, a.classes, a.normalizer + 2 * (first + r));
+        set(a.loss, first + r, row_loss(a, first + r, x, normal, row_sum(x, a.classes)));
+      }
+      return;
+    }
+    for (int64_t r = 0; r < group.rows; r++) {
+      a.normalizer[2 * (first + r)] = top[r];
+      a.normalizer[2 * (first + r) + 1] = below[r];
+      set(a.loss, first + r, loss[r]);
+    }
+  });
+}
+
+void backward_few(const CrossEntropyArgs& a, const Parallel& par) {
+  over_groups(a, par, [&](int64_t first) {
+    Together group(a, first);  // dlogits may be the logits themselves
+    alignas(64) float top[kTogether] = {}, below[kTogether] = {}, grad[kTogether] = {};
+    for (int64_t r = 0; r < group.rows; r++) {
+      top[r] = a.normalizer[2 * (first + r)], below[r] = a.normalizer[2 * (first + r) + 1];
+      grad[r] = value(a.grad, first + r);
+    }
+    const vf each = splat(1.f / static_cast<float>(a.classes));
+    for (int64_t l = 0; l < kTogether; l += kLanes) {
+      const vi y = group.class_at(l);
+      const vf g = load(grad + l), sure = g * splat(1.f - a.smoothing), spread = g * splat(a.smoothing);
+      const vf share = a.one_hot ? select(y < 0, spread, g) : g;
+      for (int64_t c = 0; c < a.classes; c++) {
+        float* x = group.logits[c] + l;
+        const vf p = exp_shifted(load(x) - load(top + l) - load(below + l));
+        // Differences of probabilities first: next to 1 they are exact, and with one class 0.
+        const vf own = (p - splat(1.f)) * sure + (p - each) * spread;
+        store(x, select(y == static_cast<int32_t>(c), own, fma(p, share, -spread * each)));
+      }
+    }
+    for (int64_t r = 0; r < group.rows; r++)
+      for (int64_t c = 0; c < a.classes; c++) set(a.dlogits, (first + r) * a.classes + c, group.logits[c][r]);
+  });
+}
+
 template <class X, class Y>
 void target_forward_rows(const TargetCrossEntropyArgs& a, const Parallel& par) {
   const int64_t n = a.classes, step = kSerialElements / 2 / n + 1, tasks = (a.rows + step - 1) / step;
@@ -252,9 +348,11 @@ void target_backward_for(const TargetCrossEntropyArgs& a, const Parallel& par) {
 }  // namespace
 
 void cross_entropy_forward(const CrossEntropyArgs& a, const Parallel& par) {
+  if (a.classes <= kFewClasses) return a.logits.bf16 ? forward_few<bf16>(a, par) : forward_few<float>(a, par);
   a.logits.bf16 ? forward_rows<bf16>(a, par) : forward_rows<float>(a, par);
 }
 void cross_entropy_backward(const CrossEntropyArgs& a, const Parallel& par) {
+  if (a.classes <= kFewClasses) return backward_few(a, par);
   a.logits.bf16 ? backward_rows<bf16>(a, par) : backward_rows<float>(a, par);
 }
 void target_cross_entropy_forward(const TargetCrossEntropyArgs& a, const Parallel& par) {

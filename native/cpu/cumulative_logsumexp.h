@@ -3,6 +3,7 @@
 // a rising row, whose sum is as long-lived as it is large.
 #pragma once
 #include "cpu/cumulative_tasks.h"
+#include "cpu/log_onto.h"
 #include "cpu/rows.h"
 
 namespace jaxext::JAXEXT_ISA {
@@ -26,41 +27,12 @@ JAXEXT_INLINE void put(bf16* p, float x) {
   *p = (bf16)(x != x ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-JAXEXT_INLINE bool any(vi x) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)x, (__m256i)x);
-#else
-  return !_mm_testz_si128((__m128i)x, (__m128i)x);
-#endif
-}
-
 // exp(x - pivot), at most exp(kSlack). An infinite pivot is an infinite x's: the difference is none.
 JAXEXT_INLINE vf exp_from(vf x, vf pivot) {
   constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.925963e-8f;
   const vf d = max(splat(-105.f), select(x == pivot, vf{}, x - pivot));
   const vf n = round_nearest(d * splat(kLog2e));
   return exp2(n, fma(d, splat(kLog2eRest), fma(d, splat(kLog2e), -n)));
-}
-
-// pivot + log(x), for x >= 1 or 0 or NaN: the whole part of log2(x) is added to the pivot first, where it often cancels.
-// Cephes' polynomial.
-JAXEXT_INLINE vf log_onto(vf pivot, vf x) {
-  const vi k = ((vi)x - 0x3f3504f3) >> 23;  // from sqrt(1/2) to sqrt(2)
-  const vf n = __builtin_convertvector(k, vf), f = (vf)((vi)x - (k << 23)) - splat(1.f), square = f * f;
-  vf p = splat(7.0376836292e-2f);
-  p = fma(p, f, splat(-1.1514610310e-1f));
-  p = fma(p, f, splat(1.1676998740e-1f));
-  p = fma(p, f, splat(-1.2420140846e-1f));
-  p = fma(p, f, splat(1.4249322787e-1f));
-  p = fma(p, f, splat(-1.6668057665e-1f));
-  p = fma(p, f, splat(2.0000714765e-1f));
-  p = fma(p, f, splat(-2.4999993993e-1f));
-  p = fma(p, f, splat(3.3333331174e-1f));
-  const vf bent = fma(splat(-0.5f), square, fma(p * f, square, n * splat(-2.12194440e-4f)));
-  const vf log = fma(n, splat(0.693359375f), pivot) + (f + bent);
-  return select(x == vf{}, splat(-__builtin_inff()), select(x != x, x, log));
 }
 
 // One register of neighbouring columns; `rest` is what rounding took from the sum.
