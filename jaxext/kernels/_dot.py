@@ -97,7 +97,7 @@ def _refuses(a: Any, b: Any, *, dimension_numbers: Dimensions, preferred_element
 
 
 def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
-    """Whether the kernel beats XLA: bfloat16 instructions and a product large enough both ways, few rows or few columns."""
+    """Whether the kernel beats XLA: bfloat16 and a product large enough both ways, or few float32 rows or columns."""
     native = _native_module.load()
     isa = None if native is None else native.active_isa()
     left, right = _views(a, b, dimension_numbers)

@@ -94,14 +94,15 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("classes", [9, 40])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_infinite_and_nan_logits_give_what_optax_gives(name):
-    z, y = HOSTILE[name](logits_of(3, 40)), jnp.array([1, 1, 2], jnp.int32)
+def test_infinite_and_nan_logits_give_what_optax_gives(name, classes):
+    z, y = HOSTILE[name](logits_of(3, classes)), jnp.array([1, 1, 2], jnp.int32)
     ours = with_gradient(lambda z: softmax_cross_entropy(z, y))(z)
     stock = with_gradient(lambda z: optax.softmax_cross_entropy_with_integer_labels(z, y))(z)
     for a, b in zip(ours, stock):
         same(a, b)
-    one_hot = jax.nn.one_hot(y, 40)
+    one_hot = jax.nn.one_hot(y, classes)
     stock = optax.softmax_cross_entropy(z, one_hot)
     same(softmax_cross_entropy(z, y, out_of_range="zero"), stock)
     same(softmax_cross_entropy(z, one_hot), stock)

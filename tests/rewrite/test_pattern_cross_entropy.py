@@ -185,6 +185,15 @@ def test_the_logit_of_another_array_is_a_near_miss():
     )
 
 
+def test_log_probabilities_that_are_needed_anyway_are_a_near_miss():
+    def with_entropy(z):
+        chances = jax.nn.log_softmax(z)
+        return of_label(chances) + 0.1 * jnp.sum(jnp.exp(chances) * chances, -1)
+
+    reason = "the log-probabilities are used elsewhere too, so that they are computed anyway"
+    assert_missed(with_entropy, logits(), kernel="softmax_cross_entropy", reason=reason)
+
+
 def test_entropy_is_no_cross_entropy_of_labels():
     report = report_of(lambda z: -of_label(jnp.log(jax.nn.softmax(z) + 1e-3)), logits())
     assert not report.replaced

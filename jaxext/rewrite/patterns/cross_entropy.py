@@ -55,7 +55,7 @@ def _find(graph: Graph, view: View) -> CrossEntropy:
     if node is None or not is_float(view.value):
         raise NoMatch("not a cross-entropy")
     if node.primitive == "gather":
-        found = _of_gather(facts, view)
+        found = _of_gather(graph, facts, view)
     elif node.primitive == "sub":
         found = _of_difference(facts, view)
     elif node.primitive == "reduce_sum":
@@ -77,10 +77,12 @@ def _made_last(graph: Graph, found: CrossEntropy) -> bool:
     return any(node.params["permutation"][-1] == place for node in transposes)
 
 
-def _of_gather(facts: Facts, view: View) -> CrossEntropy:
+def _of_gather(graph: Graph, facts: Facts, view: View) -> CrossEntropy:
     """log_softmax(logits)[label]"""
     found = picked(facts, view)
     logits, axis, _ = log_softmax(facts, found.array)
+    if len(users(graph, found.array.value)) > 1:
+        raise NoMatch("the log-probabilities are used elsewhere too, so that they are computed anyway", near=True)
     if axis is not found.axis:
         raise NoMatch("the labels pick along another axis than the softmax", near=True)
     return CrossEntropy(view, uncast(logits), axis, found.labels, (), -1.0)
