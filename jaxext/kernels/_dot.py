@@ -1,10 +1,10 @@
-"""`lax.dot_general` of bfloat16 operands, multiplied in bfloat16 and accumulated in float32, and of few float32 rows or
-columns.
+"""`lax.dot_general` of bfloat16 operands, of few float32 rows or columns, and of many small float32 matrices.
 
 XLA widens bfloat16 on CPU and multiplies at float32's rate; AVX512-BF16 has twice that. Where the dimensions lie one
 after the other in memory (those of the batch first) they are read where they are, otherwise XLA transposes them first.
-A few float32 rows times a matrix, as in a step of a recurrent network, XLA runs at a quarter of the peak;
-so it does two tall matrices of few columns multiplied over their rows, as in the gradient of a narrow layer's weights.
+A few float32 rows times a matrix, as in a step of a recurrent network, XLA runs at a quarter of the peak; so it does
+two tall matrices of few columns multiplied over their rows, as in the gradient of a narrow layer's weights; a batch of
+small float32 products, one after the other, at a twentieth to a half.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ FEW_ROWS_LEAST_FLOPS = 1 << 22
 # Of two tall float32 matrices, multiplied over their rows; of one column XLA is as fast, with more it divides the work.
 FEW_COLUMNS, FEW_COLUMNS_LEAST_ROWS = (2, 128), 256
 FEW_COLUMNS_LEAST_FLOPS = 1 << 18
+# Of a batch of small float32 products, each of at least four rows, steps and columns. Few columns leave lanes idle; few
+# rows do not pay for turning the matrix on the right.
+SMALL_LEAST, SMALL_MOST, SMALL_MOST_EACH = 4, (128, 128, 64), 1 << 20
+SMALL_BATCH, SMALL_LEAST_FLOPS = 16, 1 << 16
+NARROW, NARROW_MATRIX = 8, 512
+TURNED_ROWS, TURNED_STEPS = 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +103,42 @@ def _refuses(a: Any, b: Any, *, dimension_numbers: Dimensions, preferred_element
 
 
 def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
-    """Whether the kernel beats XLA: bfloat16 and a product large enough both ways, or few float32 rows or columns."""
+    """Whether the kernel beats XLA: bfloat16, large both ways, or float32 of few rows, few columns, or many small ones."""
     native = _native_module.load()
     isa = None if native is None else native.active_isa()
     left, right = _views(a, b, dimension_numbers)
     batch, k, m = left.shape if left.turned else (left.shape[0], left.shape[2], left.shape[1])
     n = right.shape[1] if right.turned else right.shape[2]
     if a.dtype == jnp.float32:
-        if left.turned and not right.turned:
-            few = batch == 1 and FEW_COLUMNS[0] <= min(m, n) and max(m, n) <= FEW_COLUMNS[1]
-            enough = k >= FEW_COLUMNS_LEAST_ROWS and 2 * m * k * n >= FEW_COLUMNS_LEAST_FLOPS
-            return isa in ("v4", "v4bf16") and few and enough
-        stays = batch == 1 and not left.turned and (right.turned or n % 16 == 0) and min(k, n) >= LEAST_SIDE
-        few = FEW_ROWS[0] <= m <= FEW_ROWS[1] and FEW_ROWS_MATRIX[0] <= k * n <= FEW_ROWS_MATRIX[1]
-        return isa in ("v4", "v4bf16") and stays and few and 2 * m * k * n >= FEW_ROWS_LEAST_FLOPS
+        if isa not in ("v4", "v4bf16"):
+            return False
+        if batch > 1:
+            return _small_gain(batch, m, k, n, left, right)
+        return _few_columns_gain(m, k, n, left, right) or _few_rows_gain(m, k, n, left, right)
     if isa != "v4bf16":
         return False
     return min(m, n, k) >= LEAST_SIDE and 2 * batch * m * n * k >= LEAST_FLOPS
+
+
+def _few_columns_gain(m: int, k: int, n: int, left: _View, right: _View) -> bool:
+    few = left.turned and not right.turned and FEW_COLUMNS[0] <= min(m, n) and max(m, n) <= FEW_COLUMNS[1]
+    return few and k >= FEW_COLUMNS_LEAST_ROWS and 2 * m * k * n >= FEW_COLUMNS_LEAST_FLOPS
+
+
+def _few_rows_gain(m: int, k: int, n: int, left: _View, right: _View) -> bool:
+    stays = not left.turned and (right.turned or n % 16 == 0) and min(k, n) >= LEAST_SIDE
+    few = FEW_ROWS[0] <= m <= FEW_ROWS[1] and FEW_ROWS_MATRIX[0] <= k * n <= FEW_ROWS_MATRIX[1]
+    return stays and few and 2 * m * k * n >= FEW_ROWS_LEAST_FLOPS
+
+
+def _small_gain(batch: int, m: int, k: int, n: int, left: _View, right: _View) -> bool:
+    stay = all(view.order == tuple(range(len(view.order))) for view in (left, right))
+    sides = all(SMALL_LEAST <= side <= most for side, most in zip((m, k, n), SMALL_MOST))
+    fills = n >= NARROW or m * k <= NARROW_MATRIX
+    turns = not right.turned or (m >= TURNED_ROWS and k >= TURNED_STEPS)
+    each = 2 * m * k * n
+    enough = batch >= SMALL_BATCH and batch * each >= SMALL_LEAST_FLOPS
+    return stay and sides and fills and turns and enough and each <= SMALL_MOST_EACH
 
 
 def _spec(
@@ -140,6 +165,8 @@ DOT = Op(
         _spec("few rows", (19, 33), (33, 48), (((1,), (0,)), ((), ())), "float32", "float32"),
         _spec("few columns", (1100, 13), (1100, 41), (((0,), (0,)), ((), ())), "float32", "float32"),
         _spec("few columns, swapped", (300, 70), (300, 3), (((0,), (0,)), ((), ())), "float32", "float32"),
+        _spec("many small", (17, 27, 19), (17, 19, 21), (((2,), (1,)), ((0,), (0,))), "float32", "float32"),
+        _spec("many small, turned", (17, 19, 27), (17, 66, 19), (((1,), (2,)), ((0,), (0,))), "float32", "float32"),
         _spec("few rows, turned", (13, 300), (37, 300), (((1,), (1,)), ((), ())), "float32", "float32"),
     ),
 )

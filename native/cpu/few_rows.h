@@ -5,6 +5,7 @@
 #pragma once
 #include "attention_tile.h"
 #include "product.h"
+#include "turn.h"
 
 #if defined(__AVX512F__)
 namespace jaxext::JAXEXT_ISA {
@@ -101,32 +102,6 @@ void few_rows_plain(const ProductArgs& a, int64_t from, int64_t to) {
   }
 }
 
-// Four rows of four floats, `row` apart, to four rows of the transpose, `to_row` apart.
-JAXEXT_INLINE void turn_four(const float* from, int64_t row, float* to, int64_t to_row) {
-  __m128 w0 = _mm_loadu_ps(from), w1 = _mm_loadu_ps(from + row);
-  __m128 w2 = _mm_loadu_ps(from + 2 * row), w3 = _mm_loadu_ps(from + 3 * row);
-  _MM_TRANSPOSE4_PS(w0, w1, w2, w3);
-  _mm_storeu_ps(to, w0);
-  _mm_storeu_ps(to + to_row, w1);
-  _mm_storeu_ps(to + 2 * to_row, w2);
-  _mm_storeu_ps(to + 3 * to_row, w3);
-}
-
-// to [n, width] = the transpose of from [m, n], `row` apart; the rest of each row is zeros.
-void turn(const float* from, int64_t m, int64_t n, int64_t row, float* to, int64_t width) {
-  const int64_t whole = round_down(m, 4);
-  for (int64_t i = 0; i < whole; i += 4) {
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4) turn_four(from + i * row + j, row, to + j * width + i, width);
-    for (; j < n; j++)
-      for (int64_t r = i; r < i + 4; r++) to[j * width + r] = from[r * row + j];
-  }
-  for (int64_t j = 0; j < n; j++) {
-    for (int64_t r = whole; r < m; r++) to[j * width + r] = from[r * row + j];
-    for (int64_t r = m; r < width; r++) to[j * width + r] = 0.f;
-  }
-}
-
 // Columns [from, to) of out = a bT, b [n, k]: the lanes are rows of a, and the transpose of the result is made first.
 template <int kVectors>
 void few_rows_turned(const ProductArgs& a, int64_t from, int64_t to) {
@@ -136,6 +111,7 @@ void few_rows_turned(const ProductArgs& a, int64_t from, int64_t to) {
   float* turned = panel + kFewDepth * kWidth;
   for (int64_t p = 0; p < a.k; p += kFewDepth) {
     const int64_t steps = least(kFewDepth, a.k - p);
+    if (a.m < kWidth) memset(panel, 0, steps * kWidth * sizeof(float));
     turn(rows + p, a.m, steps, a.k, panel, kWidth);
     few_tiles<kVectors>(p > 0, b + from * a.k + p, to - from, a.k, panel, kWidth, steps, turned, kWidth);
   }

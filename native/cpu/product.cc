@@ -8,6 +8,7 @@
 #include "few_columns.h"
 #include "few_rows.h"
 #include "panels.h"
+#include "small_products.h"
 
 namespace jaxext::JAXEXT_ISA {
 namespace {
@@ -112,6 +113,7 @@ void matrix_product(const ProductArgs& a, const Parallel& par) {
   if (has_few_columns(a)) return few_columns(a, par);
   if (has_few_rows(a)) return few_rows(a, par);
 #endif
+  if (are_small(a)) return small_products(a, par);
 #if defined(__AVX512BF16__)
   if (a.rounds) return multiply_as<Paired>(a, par);
 #endif

@@ -1,4 +1,4 @@
-"""Matrix products against stock JAX: bfloat16, all three of a dense layer, and a few float32 rows in a loop.
+"""Matrix products against stock JAX: bfloat16, all three of a dense layer, few float32 rows in a loop, and batches.
 
     python tests/bench/bench_dot.py [MxKxN ...]
 
@@ -22,6 +22,10 @@ SHAPES = ((1024, 1024, 1024), (1024, 768, 3072), (1024, 3072, 768), (512, 768, 7
 STEPS = ((16, 256, 1024), (16, 256, 768), (8, 256, 1024), (12, 256, 1024), (32, 256, 1024), (48, 256, 1024),
          (64, 256, 1024), (32, 512, 1536), (16, 512, 2048), (33, 256, 512), (16, 1024, 4096), (4, 256, 1024),
          (16, 128, 512), (16, 64, 256))  # fmt: skip
+SMALL = ((2048, 27, 16, 27), (2048, 27, 27, 16), (4096, 4, 4, 4), (4096, 8, 8, 8), (1000, 13, 21, 5), (1024, 8, 64, 8),
+         (4096, 16, 16, 16), (256, 32, 32, 32), (256, 64, 64, 64), (16, 33, 33, 33), (512, 64, 16, 64),
+         (512, 16, 128, 16), (64, 128, 64, 64), (64, 128, 128, 64), (8, 64, 64, 64), (8, 20, 20, 20), (64, 10, 10, 10),
+         (64, 128, 4, 64), (512, 12, 64, 64), (512, 4, 64, 64), (64, 128, 64, 4), (1024, 16, 64, 1))  # fmt: skip
 WAYS = {"a b": ((1,), (0,)), "a' b": ((0,), (0,)), "a b'": ((1,), (1,))}
 
 
@@ -75,11 +79,30 @@ def measure_steps(m, k, n, turned, steps=64):
     )
 
 
+def measure_small(batch, m, k, n, name, contract):
+    rng = np.random.default_rng(0)
+    shapes = ((k, m) if contract[0] == (0,) else (m, k), (n, k) if contract[1] == (1,) else (k, n))
+    a, b = (jnp.asarray(rng.standard_normal((batch, *shape)), jnp.float32) for shape in shapes)
+    numbers = (tuple((axis + 1,) for (axis,) in contract), ((0,), (0,)))
+    native = jax.jit(lambda a, b: DOT(a, b, dimension_numbers=numbers, preferred_element_type="float32"))
+    stock = jax.jit(lambda a, b: jax.lax.dot_general(a, b, numbers))
+    t = interleaved.medians({"jaxext": lambda: native(a, b), "stock": lambda: stock(a, b)}, repeats=200, seconds=0.3)
+    taken = "" if dot_gains(a, b, numbers) else "  left to stock"
+    print(
+        f"{batch} of {m}x{k}x{n} {name:5} float32 {t['stock'] * 1e6:8.1f} / {t['jaxext'] * 1e6:8.1f} us = "
+        f"{t['stock'] / t['jaxext']:5.2f}x, {2 * batch * m * k * n / t['jaxext'] / 1e9:4.0f} GFLOP/s{taken}",
+        flush=True,
+    )
+
+
 if __name__ == "__main__":
     if not sys.argv[1:]:
         for m, k, n in STEPS:
             measure_steps(m, k, n, False)
             measure_steps(m, n, k, True)
+        for batch, m, k, n in SMALL:
+            for way, contract in WAYS.items():
+                measure_small(batch, m, k, n, way, contract)
     for shape in [tuple(map(int, text.split("x"))) for text in sys.argv[1:]] or SHAPES:
         for way, contract in WAYS.items():
             measure(*shape, way, contract)

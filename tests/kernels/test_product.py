@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxext.kernels._op import native_status
-from jaxext.kernels._product import matrix_product
+from jaxext.kernels._product import PRODUCT, matrix_product
 
 needs_native = pytest.mark.skipif(bool(native_status()), reason="no native kernels here: " + native_status())
 
@@ -43,6 +43,27 @@ def test_products_are_exact_to_accumulated_rounding(size, turned, adds, dtypes):
     bound = (k + 2) * float(jnp.finfo(jnp.float32).eps) * (np.abs(a) @ np.abs(b) + np.abs(sums)) + 1e-30
     assert out.dtype == jnp.float32 and out.shape == (m, n)
     assert (np.abs(np.asarray(out, np.float64) - (a @ b + sums)) <= bound).all()
+
+
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "size",
+    [(3, 27, 16, 27), (2, 1, 1, 1), (9, 2, 3, 5), (130, 13, 7, 3), (33, 128, 128, 64), (5, 25, 31, 47), (4, 6, 9, 16)],
+)
+def test_small_products_of_a_batch_are_exact_to_accumulated_rounding(size, turned):
+    batch, m, k, n = size
+    rng = np.random.default_rng(0)
+    a, b = (
+        rng.standard_normal((batch, *(sides[::-1] if turn else sides))).astype(np.float32)
+        for sides, turn in zip(((m, k), (k, n)), turned)
+    )
+    (out,) = PRODUCT(a, b, a_turned=turned[0], b_turned=turned[1], rounds=False)
+    a, b = (
+        np.swapaxes(x, 1, 2) if turn else x for x, turn in zip((a.astype(np.float64), b.astype(np.float64)), turned)
+    )
+    # Higham (2002), 3.1: k roundings of the sum of absolute products.
+    bound = (k + 1) * float(jnp.finfo(jnp.float32).eps) * (np.abs(a) @ np.abs(b)) + 1e-30
+    assert (np.abs(np.asarray(out, np.float64) - a @ b) <= bound).all()
 
 
 @needs_native

@@ -78,6 +78,11 @@ def products(m, k, n, a_turned, b_turned):
     return _product._spec("", a, b, a_turned=a_turned, b_turned=b_turned)
 
 
+def small_products(batch, m, k, n, a_turned, b_turned):
+    a, b = (k, m) if a_turned else (m, k), (n, k) if b_turned else (k, n)
+    return _product._spec("", (batch, *a), (batch, *b), a_turned=a_turned, b_turned=b_turned)
+
+
 def dots(batch, m, k, n, out):
     return _dot._spec("", (batch, m, k), (batch, n, k), (((2,), (2,)), ((0,), (0,))), out)
 
@@ -158,6 +163,11 @@ DIFFERENTIABLE = {
 }
 OTHERS = {
     "product": (_product.PRODUCT, FLOATS, st.builds(products, SMALL, SIZES, SIZES, FLAG, FLAG)),
+    "small_products": (
+        _product.PRODUCT,
+        FLOATS,
+        st.builds(small_products, ROWS, SMALL, SMALL, SMALL, FLAG, FLAG),
+    ),
     "dot": (_dot.DOT, ("bfloat16",), st.builds(dots, ROWS, SMALL, SIZES, SMALL, chosen("float32", "bfloat16"))),
     "cumulative": (_cumulative.CUMULATIVE, FLOATS, axes(_cumulative._spec, chosen(*_cumulative.KINDS), FLAG)),
     "arg_reduce": (_arg_reduce.ARG_REDUCE, ORDERED, axes(_arg_reduce._spec, FLAG, LEVELS)),
@@ -214,6 +224,7 @@ ROUNDINGS = {"cross_entropy": 4, "target_cross_entropy": 4}
 # How many products each value of a result is the sum of.
 SUMMED = {
     "product": lambda a, b, params: a.shape[-2 if params.get("a_turned") else -1],
+    "small_products": lambda a, b, params: a.shape[-2 if params.get("a_turned") else -1],
     "dot": lambda a, b, params: a.shape[-1],
     "dense_convolution": lambda x, kernel, params: math.prod(kernel.shape[:3]),
     "dense_convolution_gradient": lambda x, cotangent, params: math.prod(cotangent.shape[:3]),

@@ -31,7 +31,7 @@ ROWS, COLUMNS = 192, 256  # more than one task of every kernel
 LABELS = np.random.default_rng(1).integers(0, COLUMNS, ROWS).astype(np.int32)
 SECONDS = 150
 FEW = {"a_turned": False, "rounds": False}
-FEW_COLUMNS = {"a_turned": True, "b_turned": False, "rounds": False}
+TURNED = {"a_turned": True, "rounds": False}
 
 
 def through_gradient(loss):
@@ -90,6 +90,10 @@ def grouped(x):
     return kernels.group_norm(images, x[0, :64], x[1, :64], groups=8)
 
 
+def many(x):
+    return (x.reshape(48, 32, 32),) * 2  # of more than one task
+
+
 CALLS = {
     "attention": through_gradient(attend),
     "layer_norm": through_gradient(lambda x: kernels.layer_norm(x, x[0], x[1])),
@@ -101,7 +105,8 @@ CALLS = {
     "linear_cross_entropy": through_gradient(lambda x: kernels.linear_cross_entropy(x, x.T, LABELS % ROWS)),
     "product": lambda x: PRODUCT(x, x, a_turned=True, b_turned=False, rounds=False),
     "few_rows": lambda x: (PRODUCT(x[:24], x, **FEW, b_turned=True), PRODUCT(x[:24, :ROWS], x, **FEW, b_turned=False)),
-    "few_columns": lambda x: PRODUCT(*(jnp.tile(x[:, :n], (6, 1)) for n in (48, 20)), **FEW_COLUMNS),
+    "few_columns": lambda x: PRODUCT(*(jnp.tile(x[:, :n], (6, 1)) for n in (48, 20)), **TURNED, b_turned=False),
+    "small_products": lambda x: (PRODUCT(*many(x), **FEW, b_turned=True), PRODUCT(*many(x), **TURNED, b_turned=False)),
     "top_k": lambda x: TOP_K(x, k=20),
     "sort": lambda x: SORT(x, jnp.broadcast_to(jnp.arange(COLUMNS), x.shape)),
     "searchsorted": lambda x: SEARCHSORTED(jnp.sort(x.reshape(-1)), x, side="left"),
