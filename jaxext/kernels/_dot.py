@@ -103,7 +103,7 @@ def _refuses(a: Any, b: Any, *, dimension_numbers: Dimensions, preferred_element
 
 
 def dot_gains(a: Any, b: Any, dimension_numbers: Dimensions) -> bool:
-    """Whether the kernel beats XLA: bfloat16, large both ways, or float32 of few rows, few columns, or many small ones."""
+    """Whether the kernel beats XLA: bfloat16, large both ways; float32 of few rows or columns, or many small ones."""
     native = _native_module.load()
     isa = None if native is None else native.active_isa()
     left, right = _views(a, b, dimension_numbers)

@@ -64,7 +64,8 @@ def test_rows_are_multiplied_before_they_are_gathered(function):
     (x, w), ids = operands((NODES, K), (2 * K, N))
     tables = "60" if function is in_batches else "60 and 60"
     for step in (squares(function), function):
-        (detail,) = details("matmul", step, x, w, *ids)
+        # What stays a product over the edges may itself be exchanged, which has no details to tell.
+        (detail,) = filter(None, details("matmul", step, x, w, *ids))
         assert detail == f"{EDGES} rows multiplied before they are gathered: {tables}"
     if function is not with_edges:
         assert EDGES not in multiplied_rows(squares(function), x, w, *ids)

@@ -59,12 +59,12 @@ def _find(graph: Graph, view: View) -> CrossEntropy:
     elif node.primitive == "sub":
         found = _of_difference(facts, view)
     elif node.primitive == "reduce_sum":
-        found = _of_products(facts, view, [summed_over(view, node)])
+        found = _of_products(graph, facts, view, [summed_over(view, node)])
     else:
         left, right, _ = contract(view, node)
         if set(left.axes) != set(right.axes):
             raise NoMatch("not a cross-entropy")
-        found = _of_products(facts, view, [left, right])
+        found = _of_products(graph, facts, view, [left, right])
     if found.logits.axes[-1] is not found.axis and not _made_last(graph, found):
         raise NoMatch("the classes are not the last axis of the logits", near=True)
     return found
@@ -81,11 +81,15 @@ def _of_gather(graph: Graph, facts: Facts, view: View) -> CrossEntropy:
     """log_softmax(logits)[label]"""
     found = picked(facts, view)
     logits, axis, _ = log_softmax(facts, found.array)
-    if len(users(graph, found.array.value)) > 1:
-        raise NoMatch("the log-probabilities are used elsewhere too, so that they are computed anyway", near=True)
+    _used_once(graph, found.array)
     if axis is not found.axis:
         raise NoMatch("the labels pick along another axis than the softmax", near=True)
     return CrossEntropy(view, uncast(logits), axis, found.labels, (), -1.0)
+
+
+def _used_once(graph: Graph, chances: View) -> None:
+    if len(users(graph, chances.value)) > 1 or chances.value in graph.outputs:
+        raise NoMatch("the log-probabilities are used elsewhere too, so that they are computed anyway", near=True)
 
 
 def _of_difference(facts: Facts, view: View) -> CrossEntropy:
@@ -112,7 +116,7 @@ def _renamed(view: View, old: Axis, new: Axis) -> tuple[tuple[Axis, ...], ...]:
     return tuple(tuple(new if axis is old else axis for axis in dim) for dim in view.dims)
 
 
-def _of_products(facts: Facts, view: View, summed: list[View]) -> CrossEntropy:
+def _of_products(graph: Graph, facts: Facts, view: View, summed: list[View]) -> CrossEntropy:
     """sum(targets * log_softmax(logits)) over the classes, and maybe over rows too; `summed`: factors of the terms."""
     factors: list[View] = []
     number = math.prod(_factors(facts, part, factors, 6) for part in summed)
@@ -131,6 +135,7 @@ def _of_products(facts: Facts, view: View, summed: list[View]) -> CrossEntropy:
             raise NoMatch("log-probabilities are summed without targets")
         if any(not is_float(target) for target in (d.value for d in dense)) and found is None:
             raise NoMatch("targets are not floating point", near=True)
+        _used_once(graph, factor)
         return CrossEntropy(view, uncast(logits), axis, found, dense if found is None else (), -number, weights)
     raise NoMatch("not a cross-entropy")
 
