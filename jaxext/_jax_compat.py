@@ -185,25 +185,6 @@ def _holds_tracer(x: Any, depth: int) -> bool:
     return any(_holds_tracer(part, depth - 1) for part in parts)
 
 
-def operands(eqn: Any, parameter: str) -> list[int | None]:
-    """For each argument of a function inside `eqn`: the operand that it always is, None where that varies."""
-    params, count = eqn.params, len(eqn.invars)
-    match eqn.primitive.name:
-        case "scan":
-            constants, _ = scan_counts(params)
-            return [*range(constants), *[None] * (count - constants)]
-        case "while":
-            conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
-            start, length = (0, conditions) if parameter == "cond_jaxpr" else (conditions, bodies)
-            return [*range(start, start + length), *[None] * (count - conditions - bodies)]
-        case "cond":
-            return [*range(1, count)]
-        case "shard_map":
-            # An operand that every device has whole is the same inside.
-            return [None if any(tuple(spec)) else number for number, spec in enumerate(params["in_specs"])]
-    return [*range(count)]
-
-
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """How many constants and how many carried values a scan has."""
     if "num_consts" in params:
@@ -582,16 +563,35 @@ def _hide_own_frames() -> None:
     traceback_util.register_exclusion(folder)
 
 
-def jit_jaxpr(inferred: Any) -> tuple[Any, tuple[bool, ...]] | None:
-    """The jaxpr of what the jit hook's `infer()` returned and which operands are donated; None: it must stay.
+def jit_jaxpr(inferred: Any) -> Any:
+    """The jaxpr of what `infer()` of the jit hook returned."""
+    return inferred[0].params["jaxpr"]
 
-    It cannot where tracers of an enclosing function or mutable arrays were hoisted out of it.
+
+def jit_donated(inferred: Any) -> tuple[bool, ...]:
+    """Which operands of that jaxpr are donated."""
+    return inferred[0].params["donated_invars"]
+
+
+def replaceable_jaxpr(inferred: Any) -> tuple[Any, str]:
+    """The jaxpr of what `infer()` returned, low-level, or None and the reason why it cannot be replaced."""
+    if inferred[0].consts:
+        return None, "it closes over arrays of a function that is being traced"
+    try:
+        low = low_level(jit_jaxpr(inferred))
+    except Exception as error:  # from a user's primitive; JAX raises it again if it comes to compile the function
+        return None, f"one of its high-level operations cannot be lowered ({type(error).__name__}: {error})"
+    return low, "" if low is not None else "an argument or a result of it is of a high-level type"
+
+
+def low_level(jaxpr: Any) -> Any:
+    """`jaxpr` without high-level operations, as JAX compiles it; None where an argument or a result is high-level.
+
+    From JAX 0.12 on `jnp.searchsorted` and `jnp.nonzero` are such operations.
     """
-    params, _ = inferred
-    jaxpr = params.params["jaxpr"]
-    if params.consts or open_jaxpr(jaxpr)[0].is_high:
-        return None
-    return jaxpr, params.params["donated_invars"]
+    if not open_jaxpr(jaxpr)[0].is_high:
+        return jaxpr
+    return None if any(x.is_high for x in (*in_types(jaxpr), *out_types(jaxpr))) else pe.lower_jaxpr2(jaxpr)
 
 
 def with_jaxpr(inferred: Any, jaxpr: Any) -> Any:

@@ -197,21 +197,15 @@ def on_jit(fun: Callable[..., Any], infer: Callable[[], Any]) -> Any:
     report = Report()
     with collecting(report):
         inferred = infer()
-    jitted = compat.jit_jaxpr(inferred)
-    if jitted is None:
-        check_required(report, settings.require if outermost else ())
+    if not outermost:
+        _record_inside(compat.jit_jaxpr(inferred), report)
         return inferred
-    jaxpr, donated = jitted
-    known = (
-        _known(jaxpr, donated, settings, compat.user_name(fun), report) if outermost else _known_inside(jaxpr, report)
-    )
-    if not outermost or known is None:
-        return inferred
+    known = _known(inferred, settings, compat.user_name(fun), report)
     check_required(known.found, settings.require)
     return inferred if known.new is None else compat.with_jaxpr(inferred, known.new)
 
 
-def _known_inside(jaxpr: Any, report: Report) -> None:
+def _record_inside(jaxpr: Any, report: Report) -> None:
     if report:
         with _traced_lock:
             _found_inside[jaxpr] = report
@@ -223,13 +217,14 @@ def _known_inside(jaxpr: Any, report: Report) -> None:
         record(found, strict=False)
 
 
-def _known(jaxpr: Any, donated: tuple[bool, ...], settings: Settings, name: str, report: Report) -> _Traced:
+def _known(inferred: Any, settings: Settings, name: str, report: Report) -> _Traced:
+    jaxpr, donated = compat.jit_jaxpr(inferred), compat.jit_donated(inferred)
     with _traced_lock:
         known, before = _traced.get(jaxpr, {}).get(donated), _found_inside.get(jaxpr)
     if known is None:
         if not report and before is not None:
             report = before  # JAX has traced it as a part of another function, and does not do so again
-        known = _Traced(*_exchange(jaxpr, donated, settings, name, report))
+        known = _Traced(*_exchange(inferred, settings, name, report))
         with _traced_lock:
             _traced.setdefault(jaxpr, {})[donated] = known
     return known
@@ -286,10 +281,15 @@ def _run_accelerated(fun: Callable[..., Any], settings: Settings, args: Any, kwa
         return fun(*args, **kwargs)
 
 
-def _exchange(
-    jaxpr: Any, donated: tuple[bool, ...], settings: Settings, name: str, before: Report
-) -> tuple[Any, Report]:
+def _exchange(inferred: Any, settings: Settings, name: str, before: Report) -> tuple[Any, Report]:
     """The jaxpr of the whole step, rewritten (None: left as it is), and all that was found in it."""
+    jaxpr, obstacle = compat.replaceable_jaxpr(inferred)
+    if jaxpr is None:
+        found = Report()
+        found.notes.append(f"{name} is left to stock JAX but for what it differentiates: {obstacle}")
+        record(found, settings.strict)
+        found.extend(before)
+        return None, found
     plan = planning.make(jaxpr, settings, _patterns(), _mode(whole_step=True))
     new = None
     if plan.changes():
@@ -298,7 +298,7 @@ def _exchange(
         except NotExchangeable as error:
             plan.refuse(str(error))
     found = plan.full_report(name)
-    exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name, donated)
+    exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name, compat.jit_donated(inferred))
     found.extend(more)
     record(found, settings.strict)
     found.extend(before)

@@ -153,10 +153,29 @@ class _Planner:
     def _inside(self, node: Node) -> dict[str, tuple[Plan, ...]]:
         plans = {}
         for name in HIGHER_ORDER[node.primitive]:
-            numbers = compat.operands(node.eqn, name)
+            numbers = _operands(node.eqn, name)
             origins = tuple(None if number is None else node.inputs[number] for number in numbers)
             plans[name] = tuple(self.plan(inner, origins) for inner in functions_of(node, name))
         return plans
+
+
+def _operands(eqn: Any, parameter: str) -> list[int | None]:
+    """For each argument of a function inside `eqn`: the operand that it always is, None where that varies."""
+    params, count = eqn.params, len(eqn.invars)
+    match eqn.primitive.name:
+        case "scan":
+            constants, _ = compat.scan_counts(params)
+            return [*range(constants), *[None] * (count - constants)]
+        case "while":
+            conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
+            start, length = (0, conditions) if parameter == "cond_jaxpr" else (conditions, bodies)
+            return [*range(start, start + length), *[None] * (count - conditions - bodies)]
+        case "cond":
+            return [*range(1, count)]
+        case "shard_map":
+            # An operand that every device has whole is the same inside.
+            return [None if any(tuple(spec)) else number for number, spec in enumerate(params["in_specs"])]
+    return [*range(count)]
 
 
 def functions_of(node: Node, name: str) -> tuple[Any, ...]:

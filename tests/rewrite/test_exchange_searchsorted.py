@@ -9,9 +9,7 @@ from exchanged import assert_exchanged, bits, calls, details, needs_kernels
 import jaxext
 from jaxext.kernels._searchsorted import SEARCHSORTED
 
-# From JAX 0.12 on it is a high-level primitive; a jitted function that has one is left to stock as a whole.
-HIGH = jax.make_jaxpr(jnp.searchsorted)(np.zeros(2), np.zeros(2)).jaxpr.is_high
-pytestmark = [needs_kernels, pytest.mark.skipif(HIGH, reason="this JAX's searchsorted is a high-level primitive")]
+pytestmark = needs_kernels
 
 
 def draw(kind, size, dtype="float32"):

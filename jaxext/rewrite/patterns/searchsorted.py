@@ -21,7 +21,7 @@ from ..exchange import Exchange
 def _written(array: jax.ShapeDtypeStruct, query: jax.ShapeDtypeStruct, side: str) -> str:
     with _settings.use(None):
         traced = jax.make_jaxpr(functools.partial(jnp.searchsorted, side=side))(array, query)
-    return str(traced.eqns[-1].params.get("jaxpr"))
+    return str(compat.low_level(traced).eqns[-1].params.get("jaxpr"))
 
 
 def _choose(eqn: Any) -> tuple[Op, Mapping[str, Any]] | None:
