@@ -34,6 +34,12 @@ def test_a_dense_layers_gradient(leading):
     assert_exact(gradients, x, w, cotangent)
 
 
+@pytest.mark.parametrize(("features", "width"), [(0, 40), (24, 0), (0, 0)])
+def test_a_dense_layer_without_features_has_its_empty_gradient(features, width):
+    x, w = arrays((2, 3, features), (features, width))
+    assert_exact(jax.grad(lambda w, x: (x @ w).sum()), w, x)
+
+
 def test_precision_and_result_type_are_kept():
     x, y = arrays((4, 6, 8), (4, 6, 10))
 

@@ -210,3 +210,32 @@ def test_a_batch_without_rows_is_left_to_stock_without_a_failure_of_the_matcher(
     report = jaxext.explain(jax.grad(loss))(logits, labels)
     assert "failed" not in str(report)
     assert jaxext.accelerate(jax.grad(loss))(logits, labels).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 5), (2, 3, 0)])
+@pytest.mark.parametrize("name", ["one-hot", "weights", "smoothed", "logsumexp"])
+def test_batches_without_rows_and_rows_without_classes_stay_with_stock(name, shape):
+    labels = jnp.zeros(shape[:-1], jnp.int32)
+
+    def loss(z):
+        hot, chances = ONE_HOT(labels, shape[-1]), jax.nn.log_softmax(z)
+        match name:
+            case "one-hot":
+                return -(hot * chances).sum(-1)
+            case "weights":
+                return -(hot * chances * (labels > 1)[..., None]).sum()
+            case "smoothed":
+                return optax.softmax_cross_entropy(z, optax.smooth_labels(hot, 0.1)) if shape[-1] else hot.sum(-1)
+            case _:
+                return jax.nn.logsumexp(z, -1) - (hot * z).sum(-1)
+
+    for function in (loss, jax.grad(lambda z: loss(z).sum())):
+        assert "failed" not in str(jaxext.explain(function)(jnp.zeros(shape)))
+        ours, stock = jaxext.accelerate(function)(jnp.zeros(shape)), jax.jit(function)(jnp.zeros(shape))
+        np.testing.assert_array_equal(ours, stock)
+
+
+def test_targets_divided_by_zero_are_left_to_stock_without_a_failure_of_the_matcher():
+    loss = lambda z: -(ONE_HOT(LABELS, V) / 0.0 * jax.nn.log_softmax(z)).sum(-1)  # noqa: E731
+    assert "failed" not in str(jaxext.explain(loss)(logits()))
+    assert not np.isfinite(jaxext.accelerate(loss)(logits())).any()

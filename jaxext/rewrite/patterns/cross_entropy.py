@@ -65,6 +65,8 @@ def _find(graph: Graph, view: View) -> CrossEntropy:
         if set(left.axes) != set(right.axes):
             raise NoMatch("not a cross-entropy")
         found = _of_products(graph, facts, view, [left, right])
+    if found.axis.size == 0:
+        raise NoMatch("there are no classes")
     if found.logits.axes[-1] is not found.axis and not _made_last(graph, found):
         raise NoMatch("the classes are not the last axis of the logits", near=True)
     return found

@@ -193,7 +193,7 @@ def _mixture(facts: Facts, view: View, axis: Axis, depth: int) -> tuple[View, fl
         return None
     index = 0 if numbers[1] is not None else 1
     number = numbers[1 - index] or 0.0
-    if index == 1 and node.primitive in ("sub", "div"):
+    if (index == 1 and node.primitive in ("sub", "div")) or (number == 0.0 and node.primitive == "div"):
         return None
     inner = _mixture(facts, sides[index], axis, depth - 1)
     if inner is None:
