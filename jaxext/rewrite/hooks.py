@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import threading
 import warnings
 import weakref
@@ -180,10 +181,22 @@ class _Traced:
     found: Report
 
 
-_traced: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], _Traced]] = weakref.WeakKeyDictionary()
+_traced: weakref.WeakKeyDictionary[Any, dict[Any, _Traced]] = weakref.WeakKeyDictionary()
 # What was found in functions while they were traced as a part of others.
 _found_inside: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
 _traced_lock = threading.Lock()
+# Frames from a hook up to the public function that traces.
+_FRAMES = 8
+
+
+def _is_shown() -> bool:
+    """Whether `jax.make_jaxpr` traces: who reads a jaxpr looks for JAX's own operations, and compiles nothing."""
+    codes, frame = inspect.unwrap(jax.make_jaxpr).__code__.co_consts, inspect.currentframe()
+    for _ in range(_FRAMES):
+        frame = None if frame is None else frame.f_back
+        if frame is not None and frame.f_code in codes:
+            return True
+    return False
 
 
 def on_jit(fun: Callable[..., Any], infer: Callable[[], Any]) -> Any:
@@ -218,15 +231,16 @@ def _record_inside(jaxpr: Any, report: Report) -> None:
 
 
 def _known(inferred: Any, settings: Settings, name: str, report: Report) -> _Traced:
-    jaxpr, donated = compat.jit_jaxpr(inferred), compat.jit_donated(inferred)
+    jaxpr, shown = compat.jit_jaxpr(inferred), _is_shown()
+    how = (compat.jit_donated(inferred), shown)
     with _traced_lock:
-        known, before = _traced.get(jaxpr, {}).get(donated), _found_inside.get(jaxpr)
+        known, before = _traced.get(jaxpr, {}).get(how), _found_inside.get(jaxpr)
     if known is None:
         if not report and before is not None:
             report = before  # JAX has traced it as a part of another function, and does not do so again
-        known = _Traced(*_exchange(inferred, settings, name, report))
+        known = _Traced(*_exchange(inferred, settings, name, report, shown))
         with _traced_lock:
-            _traced.setdefault(jaxpr, {})[donated] = known
+            _traced.setdefault(jaxpr, {})[how] = known
     return known
 
 
@@ -281,8 +295,11 @@ def _run_accelerated(fun: Callable[..., Any], settings: Settings, args: Any, kwa
         return fun(*args, **kwargs)
 
 
-def _exchange(inferred: Any, settings: Settings, name: str, before: Report) -> tuple[Any, Report]:
-    """The jaxpr of the whole step, rewritten (None: left as it is), and all that was found in it."""
+def _exchange(inferred: Any, settings: Settings, name: str, before: Report, shown: bool) -> tuple[Any, Report]:
+    """The jaxpr of the whole step, rewritten (None: left as it is), and all that was found in it.
+
+    shown: its primitives stay, as nobody runs it.
+    """
     jaxpr, obstacle = compat.replaceable_jaxpr(inferred)
     if jaxpr is None:
         found = Report()
@@ -298,11 +315,14 @@ def _exchange(inferred: Any, settings: Settings, name: str, before: Report) -> t
         except NotExchangeable as error:
             plan.refuse(str(error))
     found = plan.full_report(name)
-    exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name, compat.jit_donated(inferred))
-    found.extend(more)
+    if not shown:
+        donated = compat.jit_donated(inferred)
+        exchanged, more = exchange(jaxpr if new is None else new, settings, EXCHANGES, name, donated)
+        new = new if exchanged is None else exchanged
+        found.extend(more)
     record(found, settings.strict)
     found.extend(before)
-    return (new if exchanged is None else exchanged), found
+    return new, found
 
 
 # ---------------------------------------------------------------- switching the hooks on

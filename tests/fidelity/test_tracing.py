@@ -40,6 +40,22 @@ def test_make_jaxpr_of_a_plain_function_shows_it_as_stock_does(sides):
         assert texts[0] == texts[1]
 
 
+def test_make_jaxpr_shows_jaxs_own_primitives_where_the_compiled_function_has_others(sides):
+    def primitive(x):
+        return jnp.sort(x, -1), jax.lax.top_k(x, 3), jax.nn.gelu(x.astype(jnp.bfloat16)).astype(jnp.float32)
+
+    _, x = arguments()
+    texts = []
+    for side in sides.values():
+        with side():
+            texts.append(str(jax.make_jaxpr(primitive)(x)))
+    assert texts[0] == texts[1]
+    # Seen first or last, it is compiled with the kernels.
+    compiled = jax.jit(primitive).lower(x).as_text()
+    assert "jaxext_sort" in compiled and "jaxext_top_k" in compiled
+    assert str(jax.make_jaxpr(primitive)(x)) == texts[0]
+
+
 def test_eval_shape_gives_stocks_types(sides):
     weights, x = arguments()
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (weights, x))
