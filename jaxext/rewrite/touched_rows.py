@@ -120,11 +120,8 @@ def _is_arithmetic(eqn: Any) -> bool:
     if eqn.effects or left_out(KERNEL, eqn) or any(compat.explicit_sharding(var.aval) for var in eqn.outvars):
         return False
     if eqn.primitive.name in written.CALLS:
-        inner, consts = compat.open_jaxpr(eqn.params["jaxpr"])
-        made = [var for each in inner.eqns for var in each.outvars]
-        distinct = {var for var in inner.outvars if not written.is_literal(var)}
-        plain = not consts and len(distinct) == len(inner.outvars) and distinct.issubset(made)
-        return plain and all(map(_is_arithmetic, inner.eqns))
+        inside = written.body(eqn)
+        return inside is not None and all(map(_is_arithmetic, inside))
     return eqn.primitive.name in untouched.UNDERSTOOD
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import _jax_compat as compat
 from .plan import left_out
-from .written import CALLS, evaluate, inlined, is_literal
+from .written import CALLS, body, evaluate, inlined, is_literal
 
 KERNEL = "elementwise"
 
@@ -103,12 +103,9 @@ def _is_arithmetic(eqn: Any) -> bool:
     """Whether `eqn` is bfloat16 arithmetic on each element, or a call of a function that is nothing else."""
     name, inside = eqn.primitive.name, ()
     if name in CALLS:
-        inner, consts = compat.open_jaxpr(eqn.params["jaxpr"])
-        made = [var for each in inner.eqns for var in each.outvars]
-        results = {var for var in inner.outvars if not is_literal(var)}
-        if consts or len(results) < len(inner.outvars) or not results.issubset(made):
+        inside = body(eqn)
+        if inside is None:
             return False
-        inside = inner.eqns
     elif name not in _ELEMENTWISE or not all(map(_is_bfloat16, (*eqn.outvars, *_numbers(eqn)))):
         return False
     sharded = any(compat.explicit_sharding(var.aval) for var in eqn.outvars)

@@ -45,6 +45,14 @@ def equation(
     return end.replace(primitive=_written, invars=list(operands), outvars=made, params=params)
 
 
+def body(call: Any) -> Sequence[Any] | None:
+    """The equations of a call that can stand in its place: they make each of its results, and no two are one."""
+    inner, consts = compat.open_jaxpr(call.params["jaxpr"])
+    made = [var for each in inner.eqns for var in each.outvars]
+    results = {var for var in inner.outvars if not is_literal(var)}
+    return None if consts or len(results) < len(inner.outvars) or not results.issubset(made) else inner.eqns
+
+
 def inlined(eqn: Any, opens: Callable[[Any], bool]) -> list[Any]:
     """The equations of a call, of calls in it too, where `opens(call)`; else the equation itself."""
     if eqn.primitive.name not in CALLS or not opens(eqn):

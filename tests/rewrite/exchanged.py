@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 import jaxext
+from jaxext.kernels import _native_module
 from jaxext.kernels._element import ORDERED as DTYPES
 from jaxext.kernels._op import native_status
 
 __all__ = [
     "DTYPES",
+    "NHWC",
+    "NWC",
     "any_bits",
     "arrays",
     "assert_exact",
@@ -19,10 +22,18 @@ __all__ = [
     "bits",
     "calls",
     "details",
+    "needs_avx512",
     "needs_kernels",
+    "products",
+    "with_cotangents",
 ]
 
 needs_kernels = pytest.mark.skipif(bool(native_status()), reason="no native kernels here")
+needs_avx512 = pytest.mark.skipif(
+    bool(native_status()) or _native_module.load().active_isa() not in ("v4", "v4bf16"), reason="no AVX-512 here"
+)
+# Convolutions' layouts with channels last, of images and sequences.
+NHWC, NWC = ("NHWC", "HWIO", "NHWC"), ("NWC", "WIO", "NWC")
 
 
 def arrays(*shapes, dtype="float32"):
@@ -76,6 +87,21 @@ def assert_same(ours, stock):
 
 def calls(target, function, *args):
     return jaxext.accelerate(function).lower(*args).as_text().count(f"@jaxext_{target}(")
+
+
+def products(function, *args):
+    """How often the kernel of matrix products is called."""
+    return calls("matrix_product", function, *args)
+
+
+def with_cotangents(convolution):
+    """The result, and the cotangents of image and kernel, for a cotangent of the result."""
+
+    def run(x, w, cotangent):
+        result, pull = jax.vjp(convolution, x, w)
+        return result, *pull(cotangent)
+
+    return run
 
 
 def assert_exchanged(target, function, *args, times=1):

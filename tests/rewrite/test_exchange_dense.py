@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exchanged import arrays, assert_exact, bits, calls, details, needs_kernels
+from exchanged import NHWC, NWC, arrays, assert_exact, bits, calls, details, needs_kernels, with_cotangents
 
 import jaxext
 
 pytestmark = needs_kernels
-NHWC, NWC = ("NHWC", "HWIO", "NHWC"), ("NWC", "WIO", "NWC")
 
 
 def dense(strides, padding, dilation=1, base=1, numbers=NHWC):
@@ -21,19 +20,9 @@ def dense(strides, padding, dilation=1, base=1, numbers=NHWC):
     return forward
 
 
-def everything(forward):
-    """The result, and the cotangents of image and kernel, for a cotangent of the result."""
-
-    def run(x, w, cotangent):
-        result, pull = jax.vjp(forward, x, w)
-        return result, *pull(cotangent)
-
-    return run
-
-
 def assert_taken(forward, x, w, dtype):
     (cotangent,) = arrays(forward(x, w).shape, dtype=dtype)
-    run = everything(forward)
+    run = with_cotangents(forward)
     assert calls("dense_convolution", run, x, w, cotangent) == 2
     assert calls("dense_convolution_gradient", run, x, w, cotangent) == 1
     assert_exact(run, x, w, cotangent)
@@ -103,7 +92,7 @@ def test_mapped_checkpointed_and_in_a_scan():
 
 def test_gradients_are_the_same_in_every_run():
     x, w, cotangent = arrays((4, 20, 20, 90), (3, 3, 90, 30), (4, 20, 20, 30))
-    run = jaxext.accelerate(everything(dense((1, 1), "SAME")))
+    run = jaxext.accelerate(with_cotangents(dense((1, 1), "SAME")))
     first = [bits(y) for y in run(x, w, cotangent)]
     for _ in range(5):
         for again, before in zip(run(x, w, cotangent), first, strict=True):

@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exchanged import arrays, assert_exact, bits, calls, needs_kernels
+from exchanged import NHWC, NWC, arrays, assert_exact, bits, calls, needs_kernels, with_cotangents
 
 import jaxext
 
 pytestmark = needs_kernels
-NHWC, NWC = ("NHWC", "HWIO", "NHWC"), ("NWC", "WIO", "NWC")
 
 
 def depthwise(strides, padding, dilation=1, numbers=NHWC):
@@ -21,16 +20,6 @@ def depthwise(strides, padding, dilation=1, numbers=NHWC):
         )
 
     return forward
-
-
-def everything(forward):
-    """The result, and the cotangents of image and kernel, for a cotangent of the result."""
-
-    def run(x, w, cotangent):
-        result, pull = jax.vjp(forward, x, w)
-        return result, *pull(cotangent)
-
-    return run
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -50,7 +39,7 @@ def test_images(strides, padding, dilation, taps, dtype):
     forward = depthwise(strides, padding, dilation)
     x, w = arrays((3, 12, 13, 35), (*taps, 1, 35), dtype=dtype)
     (cotangent,) = arrays(forward(x, w).shape, dtype=dtype)
-    run = everything(forward)
+    run = with_cotangents(forward)
     assert calls("depthwise", run, x, w, cotangent) == 2
     assert calls("depthwise_gradient", run, x, w, cotangent) == 1
     assert_exact(run, x, w, cotangent)
@@ -60,7 +49,7 @@ def test_images(strides, padding, dilation, taps, dtype):
 def test_sequences(dtype):
     forward = depthwise((1,), [(3, 0)], numbers=NWC)
     x, w = arrays((2, 170, 48), (4, 1, 48), dtype=dtype)
-    run = everything(forward)
+    run = with_cotangents(forward)
     assert calls("depthwise", run, x, w, x) == 2 and calls("depthwise_gradient", run, x, w, x) == 1
     assert_exact(run, x, w, x)
 
@@ -80,7 +69,7 @@ def test_a_layer_of_flax_and_its_report():
 def test_the_kernels_gradient_is_the_same_in_every_run():
     forward = depthwise((1, 1), "SAME")
     x, w, cotangent = arrays((4, 20, 20, 90), (3, 3, 1, 90), (4, 20, 20, 90))
-    run = jaxext.accelerate(everything(forward))
+    run = jaxext.accelerate(with_cotangents(forward))
     first = bits(run(x, w, cotangent)[2])
     for _ in range(5):
         np.testing.assert_array_equal(bits(run(x, w, cotangent)[2]), first)

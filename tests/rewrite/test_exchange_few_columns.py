@@ -3,23 +3,15 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from exchanged import arrays, assert_exact, calls
+from exchanged import arrays, assert_exact, needs_avx512, products
 
 import jaxext
-from jaxext.kernels import _native_module
-from jaxext.kernels._op import native_status
 
-pytestmark = pytest.mark.skipif(
-    bool(native_status()) or _native_module.load().active_isa() not in ("v4", "v4bf16"), reason="no AVX-512 here"
-)
+pytestmark = needs_avx512
 
 
 def over_rows(x, g, precision=None):
     return jnp.einsum("km,kn->mn", x, g, precision=precision)
-
-
-def products(function, *args):
-    return calls("matrix_product", function, *args)
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from exchanged import arrays, assert_exact, calls, details
+from exchanged import arrays, assert_exact, details, needs_avx512, products
 
 import jaxext
-from jaxext.kernels import _native_module
-from jaxext.kernels._op import native_status
 
-pytestmark = pytest.mark.skipif(
-    bool(native_status()) or _native_module.load().active_isa() not in ("v4", "v4bf16"), reason="no AVX-512 here"
-)
-
-
-def products(function, *args):
-    return calls("matrix_product", function, *args)
+pytestmark = needs_avx512
 
 
 @pytest.mark.parametrize("turned", [False, True])

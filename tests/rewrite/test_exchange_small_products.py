@@ -3,15 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from exchanged import arrays, assert_exact, calls, details
+from exchanged import arrays, assert_exact, details, needs_avx512, products
 
 import jaxext
-from jaxext.kernels import _native_module
-from jaxext.kernels._op import native_status
 
-pytestmark = pytest.mark.skipif(
-    bool(native_status()) or _native_module.load().active_isa() not in ("v4", "v4bf16"), reason="no AVX-512 here"
-)
+pytestmark = needs_avx512
 
 WAYS = {"a b": "bmk,bkn->bmn", "a' b": "bkm,bkn->bmn", "a b'": "bmk,bnk->bmn", "a' b'": "bkm,bnk->bmn"}
 
@@ -20,10 +16,6 @@ def operands(way, batch, m, k, n):
     sizes = {"b": batch, "m": m, "k": k, "n": n}
     left, right = WAYS[way].split("->")[0].split(",")
     return arrays(*(tuple(sizes[name] for name in names) for names in (left, right)))
-
-
-def products(function, *args):
-    return calls("matrix_product", function, *args)
 
 
 @pytest.mark.parametrize("way", WAYS)
