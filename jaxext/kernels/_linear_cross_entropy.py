@@ -112,7 +112,11 @@ def _join(chunks: jax.Array, rows: int) -> jax.Array:
 
 
 def _weighted(problem: _Problem, losses: jax.Array) -> jax.Array:
-    return losses if problem.weights is None else losses * problem.weights.astype(losses.dtype)
+    if problem.weights is None:
+        return losses
+    if problem.weights.dtype == jnp.bool_:
+        return jnp.where(problem.weights, losses, 0)
+    return losses * problem.weights.astype(losses.dtype)
 
 
 def _reference(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...]:
@@ -257,8 +261,8 @@ def linear_cross_entropy(
       weight: [features, classes], or [classes, features] with `classes_first` (a tied embedding table).
       labels: [...] integer classes.
       bias: [classes] or None.
-      weights: [...] or None: factors of the losses, such as a mask. Given here, and not multiplied afterwards, they
-        leave the cotangents uniform.
+      weights: [...] or None: factors of the losses, or booleans, the losses that count (others are 0, whatever they
+        were). Given here, and not applied afterwards, they leave the cotangents uniform.
       classes_first: which way round `weight` is.
       label_smoothing: share of the target spread evenly over the classes, 0..1.
       out_of_range: what a label outside the classes means, as in `softmax_cross_entropy`.
@@ -285,7 +289,8 @@ def linear_cross_entropy(
 
 def _check(x: Any, weight: Any, labels: Any, bias: Any = None, weights: Any = None, *, classes_first: bool) -> None:
     op = "jaxext linear_cross_entropy"
-    for name, value in (("x", x), ("weight", weight), ("bias", bias), ("weights", weights)):
+    given = weights if weights is None or weights.dtype != jnp.bool_ else None
+    for name, value in (("x", x), ("weight", weight), ("bias", bias), ("weights", given)):
         if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"{op}: argument '{name}' must be floating point, got {value.dtype}; cast it")
     if not jnp.issubdtype(labels.dtype, jnp.integer):

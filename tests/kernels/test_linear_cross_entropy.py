@@ -85,6 +85,14 @@ def test_weights_are_factors_with_a_gradient():
     same(ours(x, mask), whole(x, mask))
 
 
+def test_weights_that_are_booleans_hide_losses_whatever_they_are():
+    x, weight, bias, labels, mask = problem()
+    stray, seen = jnp.where(mask > 0, labels, -100), mask > 0
+    ours = jax.value_and_grad(lambda *a: linear_cross_entropy(*a[:2], stray, a[2], weights=seen).sum(), (0, 1, 2))
+    whole = jax.value_and_grad(lambda *a: (stock(*a, labels) * mask).sum(), (0, 1, 2))
+    same(ours(x, weight, bias), whole(x, weight, bias))
+
+
 def test_an_embedding_table_serves_the_other_way_round():
     x, weight, _, labels, _ = problem()
     loss = lambda w, first: linear_cross_entropy(x, w, labels, classes_first=first).mean()  # noqa: E731

@@ -154,6 +154,66 @@ def test_logits_too_few_to_matter_are_made_and_the_reason_is_told():
     assert "logits are fewer than" in entry.reason
 
 
+SEEN = (LABELS > 5).astype(jnp.float32)
+# Labels that no row has, under a mask: their losses are NaN, and hidden.
+HIDDEN = jnp.where(LABELS > 5, LABELS, -100)
+
+
+def losses(x, w, labels=LABELS):
+    return optax.softmax_cross_entropy_with_integer_labels(x @ w, labels)
+
+
+# What the losses of a batch become: whether every row counts the same, so that gradients are made beside the losses.
+EVEN = {
+    "mean": lambda x, w, b: losses(x, w).mean(),
+    "half the sum": lambda x, w, b: -0.5 * of_label(jax.nn.log_softmax(x @ w)).sum(),
+    "sums of sums": lambda x, w, b: losses(x, w).sum(-1).mean() / B,
+    "shared by a number": lambda x, w, b: (losses(x, w) / jnp.abs(b).sum()).sum(),
+    "masked mean": lambda x, w, b: (losses(x, w) * SEEN).sum() / SEEN.sum(),
+    "negated and masked": lambda x, w, b: (SEEN * -of_label(jax.nn.log_softmax(x @ w))).sum(),
+    "average": lambda x, w, b: jnp.average(losses(x, w), weights=jnp.abs(b[:T]) * SEEN),
+    "mean of some": lambda x, w, b: jnp.mean(losses(x, w, HIDDEN), where=LABELS > 5),
+    "chosen": lambda x, w, b: jnp.where(LABELS <= 5, 0.0, losses(x, w, HIDDEN)).sum() / SEEN.sum(),
+}
+UNEVEN = {
+    "squares": lambda x, w, b: (losses(x, w) ** 2).mean(),
+    "two uses": lambda x, w, b: (each := losses(x, w)).mean() + (each**2).mean(),
+    "weighted later": lambda x, w, b: (losses(x, w).sum(-1) * b[:B]).sum(),
+    "masked and squared": lambda x, w, b: ((losses(x, w) * SEEN) ** 2).sum(),
+    "divisor": lambda x, w, b: (1.0 / losses(x, w)).sum(),
+    "another value hides": lambda x, w, b: jnp.where(LABELS > 5, losses(x, w), 1.0).sum(),
+    "its own weights": lambda x, w, b: ((each := losses(x, w)) * jax.nn.sigmoid(each)).sum(),
+}
+
+
+def made_beside_losses(function, *args):
+    """Whether the exchanged linear layer and cross-entropy make gradients beside the losses."""
+    text = str(jaxext.accelerate(function).trace(*args).jaxpr)
+    assert "jaxext_linear_cross_entropy" in text
+    return "jaxext_linear_cross_entropy_with_gradients" in text
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_losses_that_count_evenly_make_their_gradients_at_once(name, any_size):
+    gradients = jax.value_and_grad(EVEN[name], (0, 1, 2))
+    assert made_beside_losses(gradients, *arrays())
+    assert_agrees(gradients, *arrays())
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_losses_that_count_unevenly_wait_for_their_cotangents(name, any_size):
+    gradients = jax.value_and_grad(UNEVEN[name], (0, 1, 2))
+    assert not made_beside_losses(gradients, *arrays())
+    assert_agrees(gradients, *arrays(), tolerance=1e-4)
+
+
+def test_losses_that_are_returned_wait_for_their_cotangents(any_size):
+    def both(x, w, b):
+        return (each := losses(x, w)).mean(), each
+
+    assert not made_beside_losses(jax.grad(both, has_aux=True), *arrays())
+
+
 # ---------------------------------------------------------------- near misses
 
 

@@ -42,7 +42,7 @@ def find(root: Value, graph: Graph) -> CrossEntropy:
     found = graph.memo.setdefault(CrossEntropy, {})
     if root not in found:
         try:
-            found[root] = _find(graph, label(root))
+            found[root] = find_labelled(label(root), graph)
         except NoMatch as error:
             found[root] = error
     if isinstance(found[root], NoMatch):
@@ -50,7 +50,8 @@ def find(root: Value, graph: Graph) -> CrossEntropy:
     return found[root]
 
 
-def _find(graph: Graph, view: View) -> CrossEntropy:
+def find_labelled(view: View, graph: Graph) -> CrossEntropy:
+    """As `find`, in the labels that `view` has."""
     facts, node = Facts.of(graph), view.value.node
     if node is None or not is_float(view.value):
         raise NoMatch("not a cross-entropy")
