@@ -1,6 +1,7 @@
 """The kernels: public functions, their refusals, and every op for the conformance tests and benchmarks."""
 
 from jaxext.kernels import _attention_cudnn as _attention_cudnn
+from jaxext.kernels import _cross_entropy_cuda as _cross_entropy_cuda
 from jaxext.kernels import _norm_cuda as _norm_cuda
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal

@@ -35,19 +35,22 @@ def _kept(wide: jax.Array) -> jax.Array:
     return jnp.stack([top, jnp.log(jnp.sum(jnp.exp(wide - top[..., None]), -1))], -1)
 
 
+def _label_losses(wide: jax.Array, labels: jax.Array, normalizer: jax.Array, smoothing: float, one_hot: bool) -> Any:
+    """[...] losses of logits with these logarithms of their sums of exponentials."""
+    if one_hot:
+        smooth = smoothing / wide.shape[-1]
+        targets = jax.nn.one_hot(labels, wide.shape[-1], dtype=wide.dtype) * (1.0 - smoothing) + smooth
+        return -jnp.sum(targets * jax.nn.log_softmax(wide), -1)
+    loss = normalizer - jnp.take_along_axis(wide, labels[..., None], -1)[..., 0]
+    return (1.0 - smoothing) * loss + smoothing * (normalizer - jnp.mean(wide, -1)) if smoothing else loss
+
+
 def _labels_reference(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: float, out_of_range: OutOfRange, out_dtype: str | None
 ) -> tuple[jax.Array, ...]:
     wide = _wide(logits)
     normalizer = jax.nn.logsumexp(wide, -1)
-    if out_of_range == "zero":
-        smooth = label_smoothing / logits.shape[-1]
-        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=wide.dtype) * (1.0 - label_smoothing) + smooth
-        loss = -jnp.sum(targets * jax.nn.log_softmax(wide), -1)
-    else:
-        loss = normalizer - jnp.take_along_axis(wide, labels[..., None], -1)[..., 0]
-        if label_smoothing:
-            loss = (1.0 - label_smoothing) * loss + label_smoothing * (normalizer - jnp.mean(wide, -1))
+    loss = _label_losses(wide, labels, normalizer, label_smoothing, out_of_range == "zero")
     return loss.astype(out_dtype or logits.dtype), _kept(wide)
 
 
@@ -225,6 +228,24 @@ def _lower_gradient(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) ->
 for _op in (LABELS_BACKWARD, LABELS_BACKWARD_IN_PLACE):
     mlir.register_lowering(_op.primitive, _lower_gradient)
 derive(TARGETS, TARGETS_BACKWARD, saved=(1, 2))
+
+
+def _with_gradient(
+    logits: jax.Array, labels: jax.Array, cotangent: jax.Array, *, gradient_dtype: str, **params: Any
+) -> tuple[jax.Array, ...]:
+    """Losses, normalizers, and the gradient of the logits, whose maximum and sum are taken once for all three."""
+    wide, choices = _wide(logits), {k: v for k, v in params.items() if k != "out_dtype"}
+    kept = _kept(wide)
+    one_hot = choices["out_of_range"] == "zero"
+    loss = _label_losses(wide, labels, jnp.sum(kept, -1), choices["label_smoothing"], one_hot)
+    (gradient,) = _label_gradient(wide, labels, kept, cotangent, wrt=(0,), **choices)
+    return loss.astype(params["out_dtype"] or logits.dtype), kept, gradient.astype(gradient_dtype)
+
+
+LABELS_WITH_GRADIENT = Op(
+    "softmax_cross_entropy_with_gradient", _with_gradient, target="cross_entropy_with_gradient", core_rank=1,
+    attributes=_label_attributes, refuses=lambda *_, **__: "on a CPU losses and gradients are two kernels",
+)  # fmt: skip
 OPS = (LABELS, TARGETS)
 
 

@@ -19,7 +19,14 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from jaxext.kernels import _platform
-from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD_IN_PLACE, OutOfRange, check_choices, int32_labels
+from jaxext.kernels._cross_entropy import (
+    LABELS,
+    LABELS_BACKWARD_IN_PLACE,
+    LABELS_WITH_GRADIENT,
+    OutOfRange,
+    check_choices,
+    int32_labels,
+)
 from jaxext.kernels._op import Op, Role, derive, relaxed
 from jaxext.kernels._product import matrix_product
 
@@ -51,11 +58,11 @@ class _Problem(NamedTuple):
     def chunks(self) -> int:
         """How many chunks the rows make.
 
-        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere a tenth: as few as
+        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere a twelfth: as few as
         keep temporaries below an eighth of stock's, for each chunk reads and writes all of the weight's gradient.
         """
         rows = self.x.shape[0]
-        chunk = max(128, min(-(-rows // 8), 2**23 // self.classes)) if self.on_cpu else max(256, -(-rows // 10))
+        chunk = max(128, min(-(-rows // 8), 2**23 // self.classes)) if self.on_cpu else max(256, -(-rows // 12))
         return -(-rows // chunk) if rows else 1
 
     @property
@@ -70,18 +77,25 @@ class _Problem(NamedTuple):
         made = matrix_product(rows, self.weight, b_turned=self.classes_first, rounds=self.rounds)
         return made if self.bias is None else made + self.bias.astype(self.wide)
 
-    def add_gradients(
-        self,
-        sums: tuple[jax.Array, jax.Array],
-        rows: jax.Array,
-        labels: jax.Array,
-        logits: jax.Array,
-        normalizer: jax.Array,
-        cotangent: jax.Array,
+    def losses_and_gradient(
+        self, logits: jax.Array, labels: jax.Array, cotangent: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Losses, normalizers, the logits' gradient: in place on a CPU, elsewhere as the products round it anyway."""
+        if not self.on_cpu:
+            dtype = jnp.dtype("bfloat16" if self.rounds and self.bias is None else self.wide).name
+            found = LABELS_WITH_GRADIENT(logits, labels, cotangent, gradient_dtype=dtype, **self.loss_params)
+            return found[0], found[1], found[2]
+        losses, normalizers = LABELS(logits, labels, **self.loss_params)
+        return losses, normalizers, self.gradient(logits, labels, normalizers, cotangent)
+
+    def gradient(self, logits: jax.Array, labels: jax.Array, normalizer: jax.Array, cotangent: jax.Array) -> jax.Array:
+        operands = logits, labels, normalizer, cotangent
+        return LABELS_BACKWARD_IN_PLACE(*operands, wrt=(0,), **self.loss_params)[0]
+
+    def add_products(
+        self, sums: tuple[jax.Array, jax.Array], rows: jax.Array, dlogits: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Adds to the gradients of weight and bias those of some rows' losses; the rows' own gradients beside."""
-        backward = LABELS_BACKWARD_IN_PLACE
-        (dlogits,) = backward(logits, labels, normalizer, cotangent, wrt=(0,), **self.loss_params)
         dweight, dbias = sums
         if self.bias is not None:
             dbias = dbias + jnp.sum(dlogits, 0)
@@ -137,9 +151,8 @@ def _with_gradients(*operands: jax.Array, **params: Any) -> tuple[jax.Array, ...
 
     def step(sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x, labels, share = chunk
-        logits = problem.logits(x)
-        losses, normalizers = LABELS(logits, labels, **problem.loss_params)
-        sums, dx = problem.add_gradients(sums, x, labels, logits, normalizers, share)
+        losses, normalizers, dlogits = problem.losses_and_gradient(problem.logits(x), labels, share)
+        sums, dx = problem.add_products(sums, x, dlogits)
         return sums, (losses, normalizers, dx)
 
     zeros = jnp.zeros(problem.weight.shape, problem.wide), jnp.zeros(problem.classes, problem.wide)
@@ -173,7 +186,8 @@ def _backward(*xs: jax.Array, wrt: tuple[int, ...], **params: Any) -> tuple[jax.
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, labels, normalizer, g = (v[i] for v in split)
-        added, dx = problem.add_gradients((sums[1], sums[2]), x, labels, problem.logits(x), normalizer, g)
+        dlogits = problem.gradient(problem.logits(x), labels, normalizer, g)
+        added, dx = problem.add_products((sums[1], sums[2]), x, dlogits)
         return jax.lax.dynamic_update_index_in_dim(sums[0], dx, i, 0), *added
 
     # A loop of no turns, not a branch: it works in place, a branch would copy the gradients.

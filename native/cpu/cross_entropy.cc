@@ -366,7 +366,7 @@ void target_cross_entropy_backward(const TargetCrossEntropyArgs& a, const Parall
 #endif  // JAXEXT_KERNEL
 
 #ifdef JAXEXT_HANDLER
-#include "ffi.h"
+#include "logit_operands.h"
 
 JAXEXT_DECLARE(cross_entropy_forward, CrossEntropyArgs)
 JAXEXT_DECLARE(cross_entropy_backward, CrossEntropyArgs)
@@ -379,83 +379,32 @@ namespace {
 using Any = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
-// Checks buffers against the logits' shape and keeps the first complaint.
-struct Reader {
-  const char* op;
-  ffi::Span<const int64_t> shape;
-  ffi::Error error = ffi::Error::Success();
-
-  Reader(const char* op, const Any& logits) : op(op), shape(logits.dimensions()) {
-    if (shape.size() < 1) error = bad_argument(op, "logits", "an array of rank 1 or more");
-  }
-
-  bool fits(const Any& buffer, bool per_class) const {
-    const auto dims = buffer.dimensions();
-    bool same = dims.size() == shape.size() - (per_class ? 0 : 1);
-    for (size_t d = 0; same && d < dims.size(); d++) same = dims[d] == shape[d];
-    return same;
-  }
-
-  LogitBuffer read(const Any& buffer, const char* name, bool per_class) {
-    if (error.success() && !(fits(buffer, per_class) && is_float(buffer.element_type())))
-      error = bad_argument(op, name, "f32 or bf16 of shape " + shape_text(shape) +
-                                         (per_class ? std::string() : std::string(" without its last dimension")));
-    return {buffer.untyped_data(), buffer.element_type() == ffi::DataType::BF16};
-  }
-
-  template <class T>
-  T* row(const Any& buffer, const char* name, ffi::DataType type) {
-    if (error.success() && !(fits(buffer, false) && buffer.element_type() == type))
-      error = bad_argument(op, name, "f32 (labels: int32) of the logits' shape without its last dimension");
-    return static_cast<T*>(buffer.untyped_data());
-  }
-
-  template <class Buffer>
-  float* pairs(const Buffer& buffer) {
-    const auto dims = buffer.dimensions();
-    bool fit = dims.size() == shape.size() && buffer.element_type() == ffi::DataType::F32;
-    for (size_t d = 0; fit && d < dims.size(); d++) fit = dims[d] == (d + 1 < dims.size() ? shape[d] : 2);
-    if (error.success() && !fit)
-      error = bad_argument(op, "normalizer", "f32 of the logits' shape with a last dimension of 2");
-    return static_cast<float*>(buffer.untyped_data());
-  }
-
-  int64_t classes() const { return shape.size() ? shape[shape.size() - 1] : 0; }
-  int64_t rows() const { return shape.size() ? product(shape, 0, shape.size() - 1) : 0; }
-};
-
 ffi::Error forward(ffi::ThreadPool pool, Any logits, Any labels, Result loss, Result normalizer, float label_smoothing,
                    bool one_hot) {
-  Reader reader("softmax_cross_entropy", logits);
   CrossEntropyArgs a{};
-  a.logits = reader.read(logits, "logits", true);
-  a.labels = reader.row<const int32_t>(labels, "labels", ffi::DataType::S32);
+  LogitReader reader = read_logits("softmax_cross_entropy", logits, labels, label_smoothing, one_hot, a);
   a.loss = reader.read(*loss, "loss", false);
   a.normalizer = reader.pairs(*normalizer);
   if (reader.error.failure()) return reader.error;
-  a.rows = reader.rows(), a.classes = reader.classes(), a.smoothing = label_smoothing, a.one_hot = one_hot;
   if (a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_forward)(a, parallel(pool));
   return ffi::Error::Success();
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Any logits, Any labels, Any normalizer, Any grad, Result dlogits,
                     float label_smoothing, bool one_hot) {
-  Reader reader("softmax_cross_entropy_backward", logits);
   CrossEntropyArgs a{};
-  a.logits = reader.read(logits, "logits", true);
-  a.labels = reader.row<const int32_t>(labels, "labels", ffi::DataType::S32);
+  LogitReader reader = read_logits("softmax_cross_entropy_backward", logits, labels, label_smoothing, one_hot, a);
   a.normalizer = reader.pairs(normalizer);
   a.grad = reader.read(grad, "grad", false);
   a.dlogits = reader.read(*dlogits, "dlogits", true);
   if (reader.error.failure()) return reader.error;
   if (a.dlogits.bf16 != a.logits.bf16) return bad_argument(reader.op, "dlogits", "of the logits' type");
-  a.rows = reader.rows(), a.classes = reader.classes(), a.smoothing = label_smoothing, a.one_hot = one_hot;
   if (a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_backward)(a, parallel(pool));
   return ffi::Error::Success();
 }
 
 ffi::Error target_forward(ffi::ThreadPool pool, Any logits, Any targets, Result loss, Result normalizer, Result total) {
-  Reader reader("target_cross_entropy", logits);
+  LogitReader reader("target_cross_entropy", logits);
   TargetCrossEntropyArgs a{};
   a.logits = reader.read(logits, "logits", true);
   a.targets = reader.read(targets, "labels", true);
@@ -470,7 +419,7 @@ ffi::Error target_forward(ffi::ThreadPool pool, Any logits, Any targets, Result 
 
 ffi::Error target_backward(ffi::ThreadPool pool, Any logits, Any targets, Any normalizer, Any total, Any grad,
                            ffi::RemainingRets rets, bool wants_dlogits, bool wants_dtargets) {
-  Reader reader("target_cross_entropy_backward", logits);
+  LogitReader reader("target_cross_entropy_backward", logits);
   if (rets.size() != static_cast<size_t>(wants_dlogits) + wants_dtargets)
     return bad_argument(reader.op, "logits", "differentiated as the flags say");
   TargetCrossEntropyArgs a{};

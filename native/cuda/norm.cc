@@ -1,8 +1,7 @@
 // The FFI handlers of the norms on CUDA. They only start kernels on XLA's stream, so a CUDA graph can keep them.
 #include "cuda/norm.h"
 
-#include <cuda_runtime.h>
-
+#include "cuda/launched.h"
 #include "norm_operands.h"
 
 namespace jaxext::cuda {
@@ -10,12 +9,6 @@ namespace {
 
 // Both sums of a block's rows have to fit in the shared memory that every device gives unasked.
 constexpr int64_t kMostFeatures = (48 * 1024 - 128) / (2 * sizeof(float));
-
-ffi::Error launched(int error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  const char* text = cudaGetErrorString(static_cast<cudaError_t>(error));
-  return ffi::Error::Internal(std::string("jaxext norm: a CUDA kernel was not started: ") + text);
-}
 
 template <bool kCentred>
 ffi::Error forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, float epsilon,
@@ -27,7 +20,7 @@ ffi::Error forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingR
   if (error.failure()) return error;
   if (a.rows == 0 || a.features == 0) return ffi::Error::Success();
   if (a.rows >= int64_t{1} << 31) return bad_argument("norm", "x", "of fewer than 2^31 rows");
-  return launched(kCentred ? layer_norm_forward(a, stream) : rms_norm_forward(a, stream));
+  return launched("norm", kCentred ? layer_norm_forward(a, stream) : rms_norm_forward(a, stream));
 }
 
 // As on the CPU, with one more result: f32 scratch of [norm_chunks(rows), 2, features], or of no elements where neither
@@ -50,7 +43,7 @@ ffi::Error backward(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaining
   if (needed && a.features > kMostFeatures)
     return bad_argument("norm backward", "x", "of at most " + std::to_string(kMostFeatures) + " features");
   float* partials = static_cast<float*>((**scratch).untyped_data());
-  return launched(kCentred ? layer_norm_backward(a, partials, stream) : rms_norm_backward(a, partials, stream));
+  return launched("norm", kCentred ? layer_norm_backward(a, partials, stream) : rms_norm_backward(a, partials, stream));
 }
 
 auto forward_binding() {
@@ -82,7 +75,6 @@ auto backward_binding() {
 }  // namespace
 }  // namespace jaxext::cuda
 
-#define JAXEXT_GRAPH {xla::ffi::Traits::kCmdBufferCompatible}
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_cuda_layer_norm, jaxext::cuda::forward<true>, jaxext::cuda::forward_binding(),
                               JAXEXT_GRAPH);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxext_cuda_rms_norm, jaxext::cuda::forward<false>, jaxext::cuda::forward_binding(),

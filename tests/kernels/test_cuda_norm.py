@@ -5,48 +5,24 @@ No test here says that they run on a card, nor how fast; tests/gpu does.
 
 import ctypes
 import re
-import shutil
-import subprocess
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import buffers, filled, library
 
 from jaxext.kernels import _native_module, _norm_cuda, layer_norm, layer_norm_refusal
 from jaxext.kernels._norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from jaxext.kernels._platform import assuming
 
-ROOT = Path(__file__).resolve().parents[2]
-BF16 = jnp.dtype("bfloat16")
-
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The kernels compiled for the host, CUDA's threads as fibers (native/cuda/emulated.h)."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    library = tmp_path_factory.mktemp("emulated") / "norm.so"
-    options = ["-std=c++20", "-O2", "-shared", "-fPIC", "-DJAXEXT_EMULATED", f"-I{ROOT / 'native'}"]
-    source = Path(__file__).with_name("cuda_norm_emulated.cc")
-    subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True, timeout=120)
-    loaded = ctypes.CDLL(str(library))
+    loaded = library("norm", tmp_path_factory.mktemp("emulated"))
     loaded.chunks.restype, loaded.chunks.argtypes = ctypes.c_int64, [ctypes.c_int64]
     return loaded
-
-
-def buffers(arrays):
-    data = [None if a is None else a.ctypes.data for a in arrays]
-    flags = [int(a is not None and a.dtype == BF16) for a in arrays]
-    return (ctypes.c_void_p * len(data))(*data), (ctypes.c_int * len(flags))(*flags)
-
-
-def filled(shape, dtype):
-    """What a kernel leaves out shows as NaN."""
-    return np.full(shape, np.nan, dtype)
 
 
 class Call:
