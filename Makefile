@@ -2,6 +2,7 @@
 # make test  the same environment with test tools: ruff, pyright, the suite
 # make sanitize      the kernels' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 # make cuda          compiles the CUDA kernels where nvcc is found; no GPU is needed
+# make gpu           programs compiled for a GPU and read, with JAX's CUDA plugin (4 GB; a VENV of its own); no GPU is needed
 # make compat        upstream projects' own tests, on stock JAX and on jaxext, compared; writes docs/compat.md
 # make compat-quick  a few minutes of them
 # Variables: PYTHON (an interpreter >= 3.11), VENV (where), JAX_VERSION (a pin; newest by default), TESTS (options of
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find native jaxext jaxext-stubs -name '*.py' -o -name '*.cc' -o -name '*.cu' -o -name '*.h' \
 	-o -name '*.inc' -o -name '*.pyi' -o -name CMakeLists.txt)
 
-.PHONY: ab test check sanitize cuda compat compat-quick clean
+.PHONY: ab test check sanitize cuda gpu compat compat-quick clean
 
 ab: $(VENV)/ab.stamp
 	$(BIN)/jaxext ab compat/programs/gpt_nnx.py:factory --budget 200 --html report.html --png report.png
@@ -43,6 +44,16 @@ build/cuda/compiled: $(VENV)/bin/python $(SOURCES)
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target _native_cuda
 	PYTHONPATH=build/cuda $(BIN)/python -c "import _native_cuda; print(*_native_cuda.targets())"
+	@touch $@
+
+gpu: $(VENV)/gpu.stamp
+	$(BIN)/pytest tests/gpu $(TESTS)
+
+$(VENV)/gpu.stamp: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[test]" "jax[cuda13]$(JAX_VERSION:%===%)"
+	@if command -v nvcc >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ./native/cuda; \
+	else echo "no nvcc here: without the CUDA kernels"; fi
 	@touch $@
 
 compat: $(VENV)/test.stamp

@@ -2,6 +2,7 @@
 
 from jaxext.kernels import _attention_cudnn as _attention_cudnn
 from jaxext.kernels import _cross_entropy_cuda as _cross_entropy_cuda
+from jaxext.kernels import _indexed_rows_cuda as _indexed_rows_cuda
 from jaxext.kernels import _norm_cuda as _norm_cuda
 from jaxext.kernels._arg_reduce import ARG_REDUCE
 from jaxext.kernels._attention import ATTENTION, attention, attention_op, attention_refusal

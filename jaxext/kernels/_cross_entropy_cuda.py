@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxext.kernels import _cross_entropy, _native_module
 from jaxext.kernels._cross_entropy import LABELS, LABELS_BACKWARD, LABELS_BACKWARD_IN_PLACE, LABELS_WITH_GRADIENT
@@ -48,12 +49,22 @@ def _fused_gradient(refuses: Callable[..., str | None], target: str, aliases: Ma
     return run
 
 
+def _with_gradient(*xs: jax.Array, gradient_dtype: str, out_dtype: str | None, **params: Any) -> tuple[jax.Array, ...]:
+    """Losses, normalizers, and the gradient over the logits where both have one type."""
+    logits = xs[0]
+    types = [
+        jax.ShapeDtypeStruct(logits.shape[:-1], out_dtype or logits.dtype),
+        jax.ShapeDtypeStruct((*logits.shape[:-1], 2), jnp.float32),
+        jax.ShapeDtypeStruct(logits.shape, gradient_dtype),
+    ]
+    aliases = {0: 2} if logits.dtype == gradient_dtype else {}
+    call = jax.ffi.ffi_call(LABELS_WITH_GRADIENT.target, types, input_output_aliases=aliases)
+    return tuple(call(*xs, **_attributes(**params)))
+
+
 _HOW = "native CUDA kernel, not yet measured on a card"
 LABELS.on("cuda", Lowering(_refuses(LABELS), target=LABELS.target, attributes=_attributes, how=_HOW))
-LABELS_WITH_GRADIENT.on(
-    "cuda",
-    Lowering(_refuses(LABELS_WITH_GRADIENT), target=LABELS_WITH_GRADIENT.target, attributes=_attributes, how=_HOW),
-)
+LABELS_WITH_GRADIENT.on("cuda", Lowering(_refuses(LABELS_WITH_GRADIENT), _with_gradient, how=_HOW))
 for _op, _aliases in ((LABELS_BACKWARD, {}), (LABELS_BACKWARD_IN_PLACE, {0: 0})):
     _run = _fused_gradient(_refuses(_op), _op.target, _aliases)
     _op.on("cuda", Lowering(lambda *_, **__: None, _run, how=_HOW))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxext.kernels import _platform
 from jaxext.kernels._element import ORDERED
 from jaxext.kernels._op import ArgSpec, Op
 
@@ -108,7 +109,12 @@ def gather_gains(table: Any, indices: Any) -> bool:
 
 
 def scatter_gains(table: Any, updates: Any, indices: Any) -> bool:
-    """Whether the kernel is faster than XLA for table: [*indexed, *row], updates: [*batch, *row]."""
+    """Whether the kernel is faster than XLA for table: [*indexed, *row], updates: [*batch, *row].
+
+    On a CPU; another platform's kernel says itself what it refuses.
+    """
+    if _platform.foreseen() != "cpu":
+        return True
     row = math.prod(updates.shape[len(indices.shape) - 1 :])
     elements, held = math.prod(updates.shape), math.prod(table.shape)
     if elements < LEAST_ELEMENTS or row < 16:

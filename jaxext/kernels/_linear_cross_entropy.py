@@ -44,6 +44,7 @@ class _Problem(NamedTuple):
     classes_first: bool
     label_smoothing: float
     out_of_range: OutOfRange
+    logits_dtype: str
     on_cpu: bool
 
     @property
@@ -58,16 +59,21 @@ class _Problem(NamedTuple):
     def chunks(self) -> int:
         """How many chunks the rows make.
 
-        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere a twelfth: as few as
-        keep temporaries below an eighth of stock's, for each chunk reads and writes all of the weight's gradient.
+        On a CPU logits of about 32 MiB and at most an eighth of all, 128 rows or more. Elsewhere an eighth of bfloat16
+        ones, else a twelfth: as few as keep temporaries below an eighth of stock's, for each chunk reads and writes all
+        of the weight's gradient.
         """
         rows = self.x.shape[0]
-        chunk = max(128, min(-(-rows // 8), 2**23 // self.classes)) if self.on_cpu else max(256, -(-rows // 12))
+        if self.on_cpu:
+            chunk = max(128, min(-(-rows // 8), 2**23 // self.classes))
+        else:
+            chunk = max(256, -(-rows // (8 if self.logits_dtype == "bfloat16" else 12)))
         return -(-rows // chunk) if rows else 1
 
     @property
     def loss_params(self) -> dict[str, Any]:
-        return {"label_smoothing": self.label_smoothing, "out_of_range": self.out_of_range, "out_dtype": None}
+        out = jnp.dtype(self.wide).name
+        return {"label_smoothing": self.label_smoothing, "out_of_range": self.out_of_range, "out_dtype": out}
 
     @property
     def rounds(self) -> bool:
@@ -75,7 +81,8 @@ class _Problem(NamedTuple):
 
     def logits(self, rows: jax.Array) -> jax.Array:
         made = matrix_product(rows, self.weight, b_turned=self.classes_first, rounds=self.rounds)
-        return made if self.bias is None else made + self.bias.astype(self.wide)
+        made = made if self.bias is None else made + self.bias.astype(self.wide)
+        return made if self.on_cpu else made.astype(self.logits_dtype)
 
     def losses_and_gradient(
         self, logits: jax.Array, labels: jax.Array, cotangent: jax.Array
@@ -266,6 +273,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     out_of_range: OutOfRange = "nan",
     out_dtype: Any = None,
+    logits_dtype: Any = None,
     uniform: bool = True,
 ) -> jax.Array:
     """Cross-entropy of softmax(x @ weight + bias) with integer labels, without materialising the logits.
@@ -281,6 +289,8 @@ def linear_cross_entropy(
       label_smoothing: share of the target spread evenly over the classes, 0..1.
       out_of_range: what a label outside the classes means, as in `softmax_cross_entropy`.
       out_dtype: dtype of the result; None: the dtype that x and weight promote to.
+      logits_dtype: what logits may be rounded to on a GPU, such as the bfloat16 in which a program makes them; None:
+        float32. On a CPU they are float32 anyway.
       uniform: whether the result is expected to be summed or averaged. Gradients are right either way; then a sum costs
         no more products than stock JAX and any other use twice as many. With False all uses cost a third more.
 
@@ -295,9 +305,11 @@ def linear_cross_entropy(
     given = {k: jnp.asarray(v) for k, v in (("bias", bias), ("weights", weights)) if v is not None}
     _check(x, weight, labels, **given, classes_first=classes_first)
     out = out_dtype or jnp.promote_types(x.dtype, weight.dtype)
+    wide = jnp.promote_types(jnp.promote_types(x.dtype, weight.dtype), jnp.float32)
+    rounded = jnp.dtype(logits_dtype or wide).name
     return PLAIN(
         x, weight, int32_labels(labels), *given.values(), extras=tuple(given), classes_first=bool(classes_first),
-        label_smoothing=float(label_smoothing), out_of_range=out_of_range, uniform=bool(uniform),
+        label_smoothing=float(label_smoothing), out_of_range=out_of_range, logits_dtype=rounded, uniform=bool(uniform),
     )[0].astype(out)  # fmt: skip
 
 

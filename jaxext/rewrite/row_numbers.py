@@ -54,4 +54,5 @@ def scatters_whole_rows(eqn: Any) -> bool:
     if not whole or updates.shape != (*indices.shape[:-1], *table.shape[indices.shape[-1] :]):
         return False
     known = eqn.params["mode"] in MODES and not any(map(compat.explicit_sharding, avals))
-    return known and SCATTER.refusal(*avals) is None
+    kind = eqn.primitive.name.partition("-")[2] or "set"
+    return known and SCATTER.refusal(*avals, kind=kind) is None

@@ -1,4 +1,4 @@
-"""On a card: cuDNN is called and right, whole losses need no logits, the native kernels are right where they are built.
+"""On a card (JAX_PLATFORMS=cuda,cpu pytest tests/gpu): what is called there, and that it is right.
 
 Each is held to twice stock's error against float64 computed on the CPU. No machine with a card has run these yet.
 """
@@ -6,11 +6,18 @@ Each is held to twice stock's error against float64 computed on the CPU. No mach
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxext
-from jaxext.kernels import _native_module, layer_norm, rms_norm
+from jaxext.kernels import _native_module, layer_norm, rms_norm, softmax_cross_entropy
 from jaxext.kernels._attention import ATTENTION, _bind
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"no GPU: JAX runs on {jax.default_backend()}")
 
 
 def normal(seed, *shape, dtype="bfloat16"):
@@ -97,6 +104,20 @@ def test_losses_without_logits(dtype):
     assert sizes[0] <= sizes[1] / 8
 
 
+@pytest.mark.parametrize("classes", [512, 50257])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_native_losses(dtype, classes):
+    module, problem = _native_module.load_cuda()
+    if module is None:
+        pytest.skip(problem)
+    logits = 3 * normal(0, 300, classes, dtype="float32").astype(dtype)
+    labels = np.random.default_rng(2).integers(0, classes, 300).astype(np.int32)
+    ours = jax.jit(with_gradients(softmax_cross_entropy, 1))
+    hold(ours, optax.softmax_cross_entropy_with_integer_labels, 1, logits, labels)
+    text = ours.lower(logits, labels).as_text()
+    assert text.count("@jaxext_cross_entropy(") == text.count("@jaxext_cross_entropy_backward(") == 1
+
+
 @pytest.mark.parametrize("shape", [(100, 768), (3, 37), (2000, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_native_norms(dtype, shape):
@@ -109,3 +130,19 @@ def test_native_norms(dtype, shape):
     hold(ours, normalise, 3, x, scale, bias)
     hold(jax.jit(with_gradients(rms_norm, 2)), root_mean_square, 2, x, scale)
     assert ours.lower(x, scale, bias).as_text().count("custom_call @jaxext_layer_norm") == 2
+
+
+def test_native_sums_of_rows():
+    module, problem = _native_module.load_cuda()
+    if module is None:
+        pytest.skip(problem)
+    rng = np.random.default_rng(0)
+    # One row is named 5000 times: more than bfloat16 can count.
+    tokens = np.concatenate([np.full(5000, 7), rng.integers(0, 3000, 3000)]).astype(np.int32)
+    table, weight = normal(0, 3000, 1024), normal(1, 8000, 1024)
+    gradient = jaxext.accelerate(jax.grad(lambda table: (table[tokens] * weight).astype(jnp.float32).sum()))
+    assert "@jaxext_scatter_rows(" in gradient.lower(table).as_text()
+    exact = np.zeros(table.shape)
+    np.add.at(exact, tokens, weight.astype(np.float64))
+    found = np.asarray(gradient(table), np.float64)
+    assert np.abs(found - exact).max() <= 2.0**-8 * np.abs(exact).max()

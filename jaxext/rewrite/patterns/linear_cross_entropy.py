@@ -21,17 +21,18 @@ _MASKS = frozenset(("mul", "select_n"))
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """logits = x . weight (+ bias) over `features`."""
+    """logits = x . weight (+ bias) over `features`; `dtype`: what the program rounds them to."""
 
     x: View
     weight: View
     features: Axis
     bias: View | None
+    dtype: Any
 
 
 def _linear(facts: Facts, logits: View, classes: Axis) -> Linear:
     view, bias = climb(logits), None
-    node = source(view.value)
+    dtype, node = view.value.dtype, source(view.value)
     if node is not None and node.primitive == "add":
         for chain, other in (operands(view), operands(view)[::-1]):
             vector = shrink(other)
@@ -47,7 +48,7 @@ def _linear(facts: Facts, logits: View, classes: Axis) -> Linear:
         raise NoMatch("the logits are not a product with one matrix")
     if set(x.axes) & {classes} or any(axis not in x.axes for axis in contracted):
         raise NoMatch("the logits are not a product with one matrix")
-    return Linear(x, weight, contracted[0], bias)
+    return Linear(x, weight, contracted[0], bias, dtype)
 
 
 def _check_confined(graph: Graph, root: Value, inputs: tuple[Value, ...], start: tuple[Value, ...]) -> None:
@@ -176,6 +177,7 @@ class Call:
             label_smoothing=found.labels.smoothing,
             out_of_range=out_of_range,
             out_dtype=found.root.value.dtype,
+            logits_dtype=self.linear.dtype,
             uniform=self.uniform,
         )
         return (finished(dataclasses.replace(found, weights=()), loss, ()),)
