@@ -24,6 +24,7 @@ def accelerate(
     require: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     check: bool = False,
+    precision: str | None = None,
     **jit_options: Any,
 ) -> Any:
     """`jax.jit`, with the patterns that jaxext has kernels for replaced, under differentiation too.
@@ -39,17 +40,21 @@ def accelerate(
       exclude: kernels not to use.
       check: the first call also runs plain JAX, on copies of the arguments, and compares the results and the state of
         flax.nnx objects: float32 to 1e-4 of a leaf's largest value, half precision to 2e-2.
+      precision: "fp8": large bfloat16 products without batch dimensions, those of the derivative too, multiply in eight
+        bits on GPUs of compute capability 8.9 or later (`jaxext.kernels._fp8`). None: as the program says.
       jit_options: options of `jax.jit`; not for a function that is jitted already.
 
     Raises:
-      ValueError: an unknown kernel name.
+      ValueError: an unknown kernel name or precision; `check` with precision="fp8".
       TypeError: `fn` is not callable, or options for a function that is jitted already.
       RequirementError: on the call that traces, where a required kernel was missed, with the reasons.
       FallbackError: on the call that traces, under JAXEXT_STRICT=1, where something fell back to stock JAX.
       CheckError: `check`, where results differ, with the names of the leaves.
     """
     if fn is None:
-        return functools.partial(accelerate, require=require, exclude=exclude, check=check, **jit_options)
+        return functools.partial(
+            accelerate, require=require, exclude=exclude, check=check, precision=precision, **jit_options
+        )
     if not callable(fn):
         raise TypeError(f"accelerate: fn is {fn!r}, expected a callable. Decorate a function, as with jax.jit.")
     environment = _settings.from_environment()
@@ -58,6 +63,7 @@ def accelerate(
     both = excluded.intersection(required)
     if both:
         raise ValueError(f"accelerate: {sorted(both)[0]!r} is both in require and in exclude. Drop one of them.")
+    precision = _settings.checked_precision(precision, "accelerate(precision=)")
     jitted = isinstance(fn, jax.stages.Wrapped)
     if jitted and jit_options:
         raise TypeError(
@@ -66,7 +72,17 @@ def accelerate(
         )
     if environment is None:
         return fn if jitted else jax.jit(fn, **jit_options)
-    settings = Settings(exclude=environment.exclude | excluded, require=required, strict=environment.strict)
+    settings = Settings(
+        exclude=environment.exclude | excluded,
+        require=required,
+        strict=environment.strict,
+        precision=precision or environment.precision,
+    )
+    if check and settings.precision is not None:
+        raise ValueError(
+            "accelerate: check=True holds results to 2e-2, which products in eight bits do not reach. "
+            'Drop check or precision="fp8", and compare losses instead.'
+        )
     accelerated = _jitted(fn, settings) if jitted else jax.jit(_traced(fn, settings), **jit_options)
     return Checked(accelerated) if check else accelerated
 

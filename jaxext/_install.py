@@ -22,7 +22,7 @@ _lock = threading.RLock()
 _installed = _Installed()
 
 
-def install(*, memory: str = "reuse", exclude: str | Iterable[str] = ()) -> None:
+def install(*, memory: str = "reuse", exclude: str | Iterable[str] = (), precision: str | None = None) -> None:
     """Every function that this process traces from now on runs on jaxext's kernels. A second call changes nothing.
 
     JAXEXT_DISABLE=1 makes it do nothing.
@@ -31,17 +31,23 @@ def install(*, memory: str = "reuse", exclude: str | Iterable[str] = ()) -> None
       memory: "reuse": the process keeps and reuses XLA's large buffers, "system": memory is left alone. Where reuse
         is not possible, one line on stderr says why.
       exclude: kernels not to use.
+      precision: as of `accelerate`.
 
     Raises:
-      ValueError: an unknown kernel, or another `memory`.
+      ValueError: an unknown kernel or precision, or another `memory`.
     """
     excluded = frozenset(_settings.checked_kernels(exclude, "install(exclude=)"))
+    precision = _settings.checked_precision(precision, "install(precision=)")
     if memory not in ("reuse", "system"):
         raise ValueError(f"install: memory={memory!r}, expected 'reuse' or 'system'.")
     environment = _settings.from_environment()
     if environment is None:
         return
-    settings = _settings.Settings(exclude=environment.exclude | excluded, strict=environment.strict)
+    settings = _settings.Settings(
+        exclude=environment.exclude | excluded,
+        strict=environment.strict,
+        precision=precision or environment.precision,
+    )
     with _lock:
         message = _memory.apply(memory)
         if message and not is_installed():

@@ -38,11 +38,15 @@ KERNELS = (
 )
 
 
+PRECISIONS = ("fp8",)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of one scope.
 
     `exclude`: kernels not to use. `require`: kernels whose absence is an error. `strict`: any fall-back is an error.
+    `precision`: "fp8" for matrix products in eight bits, None as the program says.
     `probe` keeps the traces of one `explain` apart from all others; it reports, so it enforces nothing.
     """
 
@@ -50,23 +54,26 @@ class Settings:
     require: tuple[str, ...] = ()
     strict: bool = False
     probe: int = 0
+    precision: str | None = None
 
     def __hash__(self) -> int:
         return self._hash
 
     def __post_init__(self) -> None:
         # Hashed on every dispatch of a jitted function: once is enough.
-        key = (self.exclude, self.require, self.strict, self.probe)
-        object.__setattr__(self, "_hash", hash(key))
+        object.__setattr__(self, "_hash", hash(self._key()))
 
     _hash: int = dataclasses.field(default=0, init=False, repr=False, compare=False)
 
+    def _key(self) -> tuple[Any, ...]:
+        return self.exclude, self.require, self.strict, self.probe, self.precision
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Hashes of names differ from process to process.
-        return Settings, (self.exclude, self.require, self.strict, self.probe)
+        return Settings, self._key()
 
     def inside(self, outer: Settings | None) -> Settings:
-        """These settings in the scope of `outer`: what either switches off is off."""
+        """These settings in the scope of `outer`: what either switches off is off, and a precision holds inside too."""
         if outer is None:
             return self
         probe = self.probe or outer.probe
@@ -75,6 +82,7 @@ class Settings:
             require=() if probe else self.require,
             strict=not probe and (self.strict or outer.strict),
             probe=probe,
+            precision=self.precision or outer.precision,
         )
 
 
@@ -87,6 +95,7 @@ class _Off:
 
 OFF = _Off()
 SCOPE_OFF = "jaxext.off"
+SCOPE_FP8 = "jaxext.fp8"
 
 
 def scope_without(kernels: Iterable[str]) -> str:
@@ -146,11 +155,13 @@ def entering(settings: Settings) -> Any:
 def within(settings: Settings, outer: Settings | None) -> Iterator[None]:
     """`settings` in a function that may be traced as part of another one, which has `outer`.
 
-    The name scope tells the rewriting of the whole what this part of it leaves out.
+    The name scopes tell the rewriting of the whole what this part of it leaves out, and what it multiplies in.
     """
     merged = settings.inside(outer)
     left_out = merged.exclude - outer.exclude if outer is not None else frozenset()
-    with entering(merged), jax.named_scope(scope_without(left_out)) if left_out else nullcontext():
+    in_eight_bits = outer is not None and merged.precision != outer.precision
+    without = jax.named_scope(scope_without(left_out)) if left_out else nullcontext()
+    with entering(merged), without, jax.named_scope(SCOPE_FP8) if in_eight_bits else nullcontext():
         yield
 
 
@@ -177,6 +188,19 @@ def checked_kernels(names: str | Iterable[str], argument: str) -> tuple[str, ...
     return listed
 
 
+def checked_precision(value: str | None, argument: str) -> str | None:
+    """
+    Raises:
+      ValueError: a precision that there is not.
+    """
+    if value is not None and value not in PRECISIONS:
+        raise ValueError(
+            f"{argument}: unknown precision {value!r}, expected 'fp8' (matrix products in eight bits on GPUs) or None. "
+            "Leave it out to multiply as the program says."
+        )
+    return value
+
+
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "off": False,
           "1": True, "true": True, "yes": True, "on": True}  # fmt: skip
 
@@ -200,14 +224,15 @@ def _excluded(environment: Mapping[str, str]) -> frozenset[str]:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings | None:
-    """Settings of JAXEXT_DISABLE, JAXEXT_KERNELS and JAXEXT_STRICT; None: jaxext is switched off.
+    """Settings of JAXEXT_DISABLE, JAXEXT_KERNELS, JAXEXT_PRECISION and JAXEXT_STRICT; None: jaxext is switched off.
 
     Raises:
-      ValueError: a variable that cannot be read, or an unknown kernel, with the remedy.
+      ValueError: a variable that cannot be read, an unknown kernel or precision, with the remedy.
     """
     environment = os.environ if environment is None else environment
     exclude = _excluded(environment)
     strict = _flag(environment, "JAXEXT_STRICT")
+    precision = checked_precision(environment.get("JAXEXT_PRECISION", "").strip().lower() or None, "JAXEXT_PRECISION")
     if _flag(environment, "JAXEXT_DISABLE"):
         return None
-    return Settings(exclude=exclude, strict=strict)
+    return Settings(exclude=exclude, strict=strict, precision=precision)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import _jax_compat as compat
@@ -16,6 +16,7 @@ from .._settings import Settings
 from ..kernels import _platform
 from ..kernels._op import Op
 from . import touched_rows, unrounded, written
+from .eight_bits import EightBits
 from .plan import HIGHER_ORDER, LOCATION, left_out
 from .report import Entry, Report
 
@@ -66,38 +67,44 @@ def exchange(
     donated: which operands the program may write over.
     """
     wanted = {e.primitive: e for e in exchanges if e.kernel not in settings.exclude}
-    walk = _Walk(wanted, settings.exclude, _platform.foreseen() == "cpu")
+    walk = _Walk(wanted, settings, _platform.foreseen() == "cpu")
     new = walk.inside(jaxpr, location, donated)
     return (None if new is jaxpr else new), walk.report
 
 
 class _Walk:
-    def __init__(self, wanted: Mapping[str, Exchange], exclude: Collection[str], for_cpu: bool) -> None:
+    def __init__(self, wanted: Mapping[str, Exchange], settings: Settings, for_cpu: bool) -> None:
         self._wanted, self._for_cpu = wanted, for_cpu
-        self._finds_chains = for_cpu and unrounded.KERNEL not in exclude
-        self._updates_rows = for_cpu and touched_rows.KERNEL not in exclude
+        self._finds_chains = for_cpu and unrounded.KERNEL not in settings.exclude
+        self._updates_rows = for_cpu and touched_rows.KERNEL not in settings.exclude
         self._behind = {e.behind for e in wanted.values() if e.behind}
-        self._known: dict[int, tuple[Any, Any]] = {}
+        self._eight_bits = EightBits(settings)
+        self._known: dict[Any, tuple[Any, Any]] = {}
+        self._around = ""  # the name scopes of the operations that the walk is inside of
         self.report = Report()
 
     def inside(self, jaxpr: Any, location: str, donated: Sequence[bool] = ()) -> Any:
         """The function, exchanged; itself where nothing changed. One that is called several times is walked once."""
-        if id(jaxpr) not in self._known:
+        key = id(jaxpr), self._eight_bits.context(self._around)
+        if key not in self._known:
             opened, _ = compat.open_jaxpr(jaxpr)
             given = self._touched_rows(opened, location, donated)
             flat, chains = unrounded.find(given) if self._finds_chains else (given.eqns, {})
             equations = []
             makers = {eqn.outvars[0]: eqn for eqn in flat if eqn.primitive.name in self._behind}
+            products = self._eight_bits.choose(flat, self._around, location, self.report)
             for eqn in flat:
                 chain = chains.get(id(eqn))
-                if chain is None:
+                if id(eqn) in products:
+                    equations.append(products[id(eqn)])
+                elif chain is None:
                     equations += self._equations(eqn, location, makers)
                 elif chain.end is eqn:
                     equations.append(self._unrounded(chain, location))
             same = len(equations) == len(opened.eqns) and all(new is old for new, old in zip(equations, opened.eqns))
             # The original is kept with the new one, so that its id is not given to another.
-            self._known[id(jaxpr)] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
-        return self._known[id(jaxpr)][1]
+            self._known[key] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
+        return self._known[key][1]
 
     def _equations(self, eqn: Any, location: str, makers: Mapping[Any, Any]) -> list[Any]:
         name = eqn.primitive.name
@@ -156,7 +163,8 @@ class _Walk:
     def _higher_order(self, eqn: Any, location: str) -> Any:
         if left_out("", eqn):
             return eqn
-        changed = {}
+        changed, around = {}, self._around
+        self._around = f"{around}/{compat.name_scopes(eqn)}"
         for parameter in HIGHER_ORDER.get(eqn.primitive.name, (written.PARAMETER,)):
             value = eqn.params[parameter]
             free = _overwritten(eqn)
@@ -164,6 +172,7 @@ class _Walk:
             old = value if isinstance(value, tuple) else (value,)
             if any(a is not b for a, b in zip(new, old)):
                 changed[parameter] = new if isinstance(value, tuple) else new[0]
+        self._around = around
         return eqn.replace(params={**eqn.params, **changed}) if changed else eqn
 
 

@@ -1,4 +1,4 @@
-"""An operation written another way where that is faster: on one CPU device. Everywhere else it stays what it was.
+"""An operation written another way where that is faster: on one CPU device, or on GPUs. Elsewhere it stays what it was.
 
 What XLA computes slowly on a CPU it may compute well on another platform, and a dimension that is spread over devices
 does not always survive being written otherwise. Both are known only when the program is lowered.
@@ -29,10 +29,12 @@ def equation(
     run: Callable[..., Any],
     name: str,
     results: Sequence[Any] | None = None,
+    platform: str = "cpu",
 ) -> Any:
     """An equation in the place of `equations`, which read `operands` and of which only `results` are read.
 
-    results: None for those of the last equation. On one CPU device it calls jitted `run(*operands)`, known as `name`.
+    results: None for those of the last equation. On `platform`, "cpu" (one device) or "cuda", it calls jitted
+    `run(*operands)`, known as `name`.
     """
 
     def named(*arrays: Any) -> Any:
@@ -42,6 +44,7 @@ def equation(
     types, end = [var.aval for var in operands], equations[-1]
     made = list(end.outvars if results is None else results)
     params = _traced(jax.jit(named), lambda *xs: evaluate(equations, operands, xs, made), types)
+    params["platform"] = platform
     return end.replace(primitive=_written, invars=list(operands), outvars=made, params=params)
 
 
@@ -95,9 +98,10 @@ def evaluate(
     return [known[var] for var in results]
 
 
-def call(run: Callable[..., Any], original: Callable[..., Any], *operands: Any) -> list[Any]:
-    """The results of `run(*operands)` on one CPU device, elsewhere and where differentiated those of `original`."""
-    return _written.bind(*operands, **_traced(jax.jit(run), original, [jax.typeof(x) for x in operands]))
+def call(run: Callable[..., Any], original: Callable[..., Any], *operands: Any, platform: str = "cpu") -> list[Any]:
+    """The results of `run(*operands)` on `platform`, elsewhere and where differentiated those of `original`."""
+    params = _traced(jax.jit(run), original, [jax.typeof(x) for x in operands])
+    return _written.bind(*operands, **params, platform=platform)
 
 
 def _traced(run: Callable[..., Any], original: Callable[..., Any], types: Sequence[Any]) -> dict[str, Any]:
@@ -122,8 +126,13 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, original: Any, **_: An
     return mlir.lower_fun(jaxpr_as_fun(original), multiple_results=True)(ctx, *operands)
 
 
-def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, written: Any, original: Any) -> Any:
-    chosen = original if _sharding.spans_devices(ctx) else written
+def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, written: Any, original: Any, platform: str) -> Any:
+    chosen = written if platform == "cpu" and not _sharding.spans_devices(ctx) else original
+    return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
+
+
+def _lower_for_cuda(ctx: mlir.LoweringRuleContext, *operands: Any, written: Any, original: Any, platform: str) -> Any:
+    chosen = written if platform == "cuda" else original
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(ctx, *operands)
 
 
@@ -131,9 +140,9 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, original: Any, **_:
     return jax.jvp(jaxpr_as_fun(original), tuple(primals), tuple(ad.instantiate_zeros(t) for t in tangents))
 
 
-def _batch(operands: Sequence[Any], dims: Sequence[Any], *, written: Any, original: Any) -> Any:
+def _batch(operands: Sequence[Any], dims: Sequence[Any], *, written: Any, original: Any, platform: str) -> Any:
     run, otherwise = (jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(dims)) for jaxpr in (written, original))
-    results = call(run, otherwise, *operands)
+    results = call(run, otherwise, *operands, platform=platform)
     return results, [0] * len(results)
 
 
@@ -142,4 +151,5 @@ batching.primitive_batchers[_written] = _batch
 compat.check_as(_written, lambda *, original, **_: jaxpr_as_fun(original))
 mlir.register_lowering(_written, _lower)
 mlir.register_lowering(_written, _lower_for_cpu, platform="cpu")
+mlir.register_lowering(_written, _lower_for_cuda, platform="cuda")
 compat.lower_with_devices(_written)
