@@ -1,9 +1,9 @@
 """Matrix products whose operands are rounded to eight bits, on GPUs of compute capability 8.9 and later.
 
-Formats and their use as in Micikevicius et al., "FP8 Formats for Deep Learning" (2022): E4M3 for activations and weights,
-E5M2, which has more range, for cotangents. Each operand is scaled as a whole by its own largest value at that moment, so
-that nothing has to be kept from step to step. Plain JAX in the form that XLA:GPU turns into one call of cuBLASLt's
-eight-bit product, scales and rounding of the result included, or into a Triton kernel of its own.
+Formats and their use as in Micikevicius et al., "FP8 Formats for Deep Learning" (2022): E4M3 for activations and
+weights, E5M2, which has more range, for cotangents. Each operand is scaled as a whole by its own largest value at that
+moment, so that nothing has to be kept from step to step. Plain JAX in the form that XLA:GPU turns into one call of
+cuBLASLt's eight-bit product, scales and rounding of the result included, or into a Triton kernel of its own.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 # Below it an operand's largest value counts as this much, so that the scale stays finite.
 _SMALLEST = 2.0**-100
 
-# What decides whether a product pays, counted and not measured: an H100's dense peaks, in operations and bytes a second.
+# What decides whether a product pays, counted and not measured: an H100's dense peaks, operations and bytes a second.
 _BF16_RATE, _FP8_RATE, _BANDWIDTH = 990e12, 1980e12, 3.35e12
-# Scaling and rounding read two bytes an element twice and write one; the largest value serves two products of a step.
-_BYTES_TO_ROUND = 4
-# More kernels than the one, and what starting one of them takes.
-_MORE_KERNELS, _SECONDS_A_KERNEL = 5, 2e-6
+# The largest value and the rounding read two bytes an element each, and one is written. In a step two products share the
+# former, and XLA finds it where the operand is made: for layers of 4096 features it comes to 3.2 bytes and 4 kernels.
+_BYTES_TO_ROUND, _MORE_KERNELS, _SECONDS_A_KERNEL = 5, 8, 2e-6
 
 
 def fp8_device_refusal(platform: str, capability: tuple[int, int] | None) -> str | None:

@@ -1,9 +1,9 @@
 """Which matrix products of a program multiply in eight bits, where the user asked for it (kernels/_fp8.py).
 
 They are chosen once nobody differentiates the program any more, so the derivative's products are among them. Which
-operand is a cotangent is read off the equation: JAX's transposition of a product puts it first, and its name stack says so,
-but for what `checkpoint` computes again. Where a hand-written derivative misleads this, an operand is rounded to the other
-format, no more.
+operand is a cotangent is read off the equation: JAX's transposition of a product puts it first, and the name stack says
+that it is transposed, or computed again for `checkpoint`. Where a hand-written derivative misleads this, an operand is
+rounded to the other format, no more.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from .report import Entry, Report
 
 KERNEL, PRIMITIVE = "matmul", "dot_general"
 # What a network's logits go through on their way to the maximum that a softmax begins with.
-_PASSES = frozenset(
-    ("convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
-    + ("add", "sub", "mul", "div", "tanh", "select_n", "reduce_precision")
-)
+_LAYOUT = ("convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
+_PASSES = frozenset((*_LAYOUT, "add", "sub", "mul", "div", "tanh", "select_n", "reduce_precision"))
 _DEFAULT = (None, jax.lax.Precision.DEFAULT)
 _AGAIN = "rematted_computation"
 
@@ -143,7 +141,7 @@ def _inside(call: Any, var: Any) -> bool:
 
 
 def _same_layer(eqn: Any, logits: Any) -> bool:
-    """Whether this is that product or one of its two gradients: one operand in common, and one of the result's shape."""
+    """Whether this is that product or one of its gradients: one operand in common, and one of the result's shape."""
     if eqn is logits:
         return True
     shape = logits.outvars[0].aval.shape
