@@ -57,34 +57,39 @@ def accelerate(
         )
     if not callable(fn):
         raise TypeError(f"accelerate: fn is {fn!r}, expected a callable. Decorate a function, as with jax.jit.")
-    environment = _settings.from_environment()
-    required = _settings.checked_kernels(require, "accelerate(require=)")
-    excluded = frozenset(_settings.checked_kernels(exclude, "accelerate(exclude=)"))
-    both = excluded.intersection(required)
-    if both:
-        raise ValueError(f"accelerate: {sorted(both)[0]!r} is both in require and in exclude. Drop one of them.")
-    precision = _settings.checked_precision(precision, "accelerate(precision=)")
+    settings = _checked_settings(require, exclude, check, precision)
     jitted = isinstance(fn, jax.stages.Wrapped)
     if jitted and jit_options:
         raise TypeError(
             f"accelerate: {sorted(jit_options)[0]} is given for a function that is jitted already. "
             "Give it to the inner jit."
         )
-    if environment is None:
+    if settings is None:
         return fn if jitted else jax.jit(fn, **jit_options)
-    settings = Settings(
-        exclude=environment.exclude | excluded,
-        require=required,
-        strict=environment.strict,
-        precision=precision or environment.precision,
-    )
-    if check and settings.precision is not None:
+    accelerated = _jitted(fn, settings) if jitted else jax.jit(_traced(fn, settings), **jit_options)
+    return Checked(accelerated) if check else accelerated
+
+
+def _checked_settings(
+    require: str | Iterable[str], exclude: str | Iterable[str], check: bool, precision: str | None
+) -> Settings | None:
+    """The arguments of `accelerate` and the environment together; None where that switches jaxext off."""
+    environment = _settings.from_environment()
+    required = _settings.checked_kernels(require, "accelerate(require=)")
+    excluded = frozenset(_settings.checked_kernels(exclude, "accelerate(exclude=)"))
+    precision = _settings.checked_precision(precision, "accelerate(precision=)")
+    both = excluded.intersection(required)
+    if both:
+        raise ValueError(f"accelerate: {sorted(both)[0]!r} is both in require and in exclude. Drop one of them.")
+    if environment is None:
+        return None
+    precision = precision or environment.precision
+    if check and precision is not None:
         raise ValueError(
             "accelerate: check=True holds results to 2e-2, which products in eight bits do not reach. "
             'Drop check or precision="fp8", and compare losses instead.'
         )
-    accelerated = _jitted(fn, settings) if jitted else jax.jit(_traced(fn, settings), **jit_options)
-    return Checked(accelerated) if check else accelerated
+    return Settings(environment.exclude | excluded, required, environment.strict, precision=precision)
 
 
 def _jitted(fn: Any, settings: Settings) -> Any:

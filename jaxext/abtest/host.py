@@ -137,7 +137,9 @@ class LocalHost:
         return found[:0:-1]
 
     def _under(self, setting: Setting) -> Any:
-        return jaxext.accelerate(self._function, exclude=setting.exclude) if setting.kernels else self._function
+        if not setting.kernels:
+            return self._function
+        return jaxext.accelerate(self._function, exclude=setting.exclude, precision=setting.precision or None)
 
     def _scope(self, setting: Setting) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if setting.kernels else jaxext.disabled()

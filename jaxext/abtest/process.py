@@ -43,7 +43,7 @@ def read_line(line: str) -> tuple[float | None, float | None]:
 def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment that run a program under `setting`."""
     environment = {**os.environ, **setting.environment(), "PYTHONUNBUFFERED": "1"}
-    for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_STRICT"):
+    for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_PRECISION", "JAXEXT_STRICT"):
         environment.pop(name, None)
     if not setting.kernels and setting.memory == "system":
         return [sys.executable, str(path), *arguments], environment
@@ -51,6 +51,8 @@ def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[st
         environment["JAXEXT_DISABLE"] = "1"
     if setting.exclude:
         environment["JAXEXT_KERNELS"] = ",".join(f"-{kernel}" for kernel in setting.exclude)
+    if setting.precision:
+        environment["JAXEXT_PRECISION"] = setting.precision
     # By path: -m would prefer a folder named jaxext in the working directory, such as a checkout without its module.
     run = [sys.executable, str(Path(__file__).parents[1] / "__main__.py"), "run", "--memory", setting.memory]
     return [*run, str(path), *arguments], environment

@@ -27,7 +27,7 @@ class RemoteHost:
     def __init__(self, path: Path, factory: str, setting: Setting, seed: int) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         environment = {**os.environ, **setting.environment(), "PYTHONUNBUFFERED": "1"}
-        for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_STRICT"):
+        for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_PRECISION", "JAXEXT_STRICT"):
             environment.pop(name, None)
         order = {"path": str(path), "factory": factory, "memory": setting.memory, "seed": seed}
         self._process = subprocess.Popen(

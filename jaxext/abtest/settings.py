@@ -6,14 +6,14 @@ import dataclasses
 
 MEMORY = ("reuse", "system")
 _HELP = (
-    "stock, jaxext, exclude=KERNEL[,KERNEL], memory=reuse or system, isa=v2, v3, v4 or v4bf16, "
+    "stock, jaxext, exclude=KERNEL[,KERNEL], precision=fp8, memory=reuse or system, isa=v2, v3, v4 or v4bf16, "
     "joined by + (as in stock+memory=system)"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One side. `kernels` False: stock JAX. `exclude`: kernels not used.
+    """One side. `kernels` False: stock JAX. `exclude`: kernels not used. `precision`: as of `accelerate`, or "".
 
     `memory` ("reuse" or "system") and `isa` ("" = the machine's best) hold for a whole process, so sides that differ
     in them run in processes of their own.
@@ -23,6 +23,7 @@ class Setting:
     exclude: tuple[str, ...] = ()
     memory: str = "reuse"
     isa: str = ""
+    precision: str = ""
 
     @property
     def process(self) -> tuple[str, str]:
@@ -45,6 +46,8 @@ def label(setting: Setting, other: Setting) -> str:
     words = ["jaxext" if setting.kernels else "stock"]
     if setting.exclude:
         words.append("without " + ", ".join(setting.exclude))
+    if setting.precision != other.precision:
+        words.append(f"in {setting.precision}" if setting.precision else "as the program multiplies")
     if setting.isa != other.isa:
         words.append(f"on {setting.isa or 'the best instruction set'}")
     if setting.memory != other.memory:
@@ -66,6 +69,8 @@ def parse_versus(text: str, memory: str) -> Setting:
             setting = dataclasses.replace(setting, kernels=name == "jaxext")
         elif name == "exclude" and values:
             setting = dataclasses.replace(setting, exclude=_kernels(values))
+        elif name == "precision" and value in _precisions():
+            setting = dataclasses.replace(setting, precision=value)
         elif name == "memory" and value in MEMORY:
             setting = dataclasses.replace(setting, memory=value)
         elif name == "isa" and value in ("v2", "v3", "v4", "v4bf16"):
@@ -73,6 +78,12 @@ def parse_versus(text: str, memory: str) -> Setting:
         else:
             raise ValueError(f"--vs {text!r}: {part.strip()!r} is no setting. Expected one of {_HELP}.")
     return setting
+
+
+def _precisions() -> tuple[str, ...]:
+    from jaxext._settings import PRECISIONS
+
+    return PRECISIONS
 
 
 def _kernels(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ _EPILOG = """\
   stock             stock JAX (the default)
   jaxext            the same again: shows the noise of the measurement
   exclude=KERNELS   jaxext without these kernels
+  precision=fp8     jaxext with products in eight bits, on GPUs
   memory=system     without memory reuse (memory=reuse: with it)
   isa=v3            on an older instruction set (v2, v3, v4, v4bf16)
   stock+memory=system is stock JAX as it comes.

@@ -237,6 +237,8 @@ def _hooks() -> Iterator[Finding]:
 
 def _settings() -> Iterator[Finding]:
     from jaxext import _settings
+    from jaxext.kernels import _platform
+    from jaxext.kernels._fp8 import fp8_device_refusal
 
     try:
         settings = _settings.from_environment()
@@ -248,6 +250,9 @@ def _settings() -> Iterator[Finding]:
     elif settings.exclude:
         names = ", ".join(sorted(settings.exclude))
         yield Finding("JAXEXT_KERNELS", os.environ["JAXEXT_KERNELS"], f"{names} run on stock JAX; unset it.")
+    if settings is not None and settings.precision:
+        reason = fp8_device_refusal(_platform.foreseen(), _platform.compute_capability())
+        yield Finding("JAXEXT_PRECISION", settings.precision, f"{reason}; unset it." if reason else "")
     yield from _jax_settings()
 
 

@@ -23,11 +23,11 @@ LEAST_CAPABILITY = (8, 9)
 MULTIPLE = 16  # of cuBLASLt, for each dimension
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 # Below it an operand's largest value counts as this much, so that the scale stays finite.
-_SMALLEST = 2.0**-100
+_SMALLEST = 2.0**-110
 
 # What decides whether a product pays, counted and not measured: an H100's dense peaks, operations and bytes a second.
 _BF16_RATE, _FP8_RATE, _BANDWIDTH = 990e12, 1980e12, 3.35e12
-# The largest value and the rounding read two bytes an element each, and one is written. In a step two products share the
+# The largest value and the rounding read two bytes an element each, one is written. In a step two products share the
 # former, and XLA finds it where the operand is made: for layers of 4096 features it comes to 3.2 bytes and 4 kernels.
 _BYTES_TO_ROUND, _MORE_KERNELS, _SECONDS_A_KERNEL = 5, 8, 2e-6
 

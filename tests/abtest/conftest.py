@@ -29,7 +29,9 @@ def put_stand_in(monkeypatch):
     """A function that puts `accelerated(function)` in the place of jaxext's own work: the tester alone is tested."""
 
     def put(accelerated=lambda function: function):
-        monkeypatch.setitem(vars(jaxext), "accelerate", lambda function, exclude=(): accelerated(function))
+        monkeypatch.setitem(
+            vars(jaxext), "accelerate", lambda function, exclude=(), precision=None: accelerated(function)
+        )
         monkeypatch.setitem(vars(jaxext), "disabled", contextlib.nullcontext)
         monkeypatch.setitem(vars(jaxext), "explain", lambda function: lambda *args: FakeReport())
 

@@ -129,7 +129,9 @@ def test_advance_makes_the_next_arguments(stand_in):
 def test_contributions_leave_out_what_was_replaced(stand_in, monkeypatch):
     stand_in()
     excluded = []
-    monkeypatch.setitem(vars(jaxext), "accelerate", lambda f, exclude=(): excluded.append(tuple(exclude)) or f)
+    monkeypatch.setitem(
+        vars(jaxext), "accelerate", lambda f, exclude=(), precision=None: excluded.append(tuple(exclude)) or f
+    )
     result = jaxext.ab(DONATING, *make_args(), **QUICK)
     assert [row.name for row in result.contributions] == ["layer_norm"]
     assert ("layer_norm",) in excluded

@@ -1,7 +1,7 @@
 """Losses of a small language model whose products are rounded to eight bits, beside those of stock JAX. Not times.
 
-The program is the one lowered for CUDA, run on the CPU: rounding is the same there, sums are in float32 too. Products that
-would not pay on a card are rounded all the same, as the model is small.
+The program is the one lowered for CUDA, run on the CPU: rounding is the same there, sums are in float32 too. Products
+that would not pay on a card are rounded all the same, as the model is small.
 
     python tests/bench/bench_fp8.py [--steps 500] [--every 50]
 """

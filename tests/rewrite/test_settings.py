@@ -29,6 +29,16 @@ def test_kernels_are_switched_off_by_name():
     assert settings == Settings(exclude=frozenset({"attention", "layer_norm"}))
 
 
+def test_precision():
+    assert from_environment({"JAXEXT_PRECISION": " fp8 "}) == Settings(precision="fp8")
+    assert from_environment({"JAXEXT_PRECISION": ""}) == Settings()
+
+
+def test_a_precision_holds_inside_too():
+    eight = Settings(precision="fp8")
+    assert eight != Settings() and Settings().inside(eight) == eight and eight.inside(Settings()) == eight
+
+
 def test_strict():
     assert from_environment({"JAXEXT_STRICT": "1"}) == Settings(strict=True)
 
@@ -50,6 +60,11 @@ def test_strict():
         (
             {"JAXEXT_DISABLE": "maybe"},
             "JAXEXT_DISABLE='maybe': expected 1 or 0. Unset it to use the default, 0.",
+        ),
+        (
+            {"JAXEXT_PRECISION": "fp4"},
+            "JAXEXT_PRECISION: unknown precision 'fp4', expected 'fp8' (matrix products in eight bits on GPUs) or None. "
+            "Leave it out to multiply as the program says.",
         ),
         ({"JAXEXT_STRICT": "2"}, "JAXEXT_STRICT='2': expected 1 or 0. Unset it to use the default, 0."),
         # A wrong name is an error even where jaxext is off: it would surprise later.
