@@ -26,6 +26,7 @@ KERNEL, PRIMITIVE = "matmul", "dot_general"
 # What a network's logits go through on their way to the maximum that a softmax begins with.
 _LAYOUT = ("convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy")
 _PASSES = frozenset((*_LAYOUT, "add", "sub", "mul", "div", "tanh", "select_n", "reduce_precision"))
+_LOSSES = ("jaxext_softmax_cross_entropy", "jaxext_target_cross_entropy")
 _DEFAULT = (None, jax.lax.Precision.DEFAULT)
 _AGAIN = "rematted_computation"
 
@@ -104,7 +105,7 @@ def _refusal(eqn: Any, softmax: Sequence[Any]) -> str | None:
 def _before_softmax(equations: Sequence[Any]) -> list[Any]:
     """The products whose results go into a softmax: the logits of a loss or of a router, scores."""
     readers = _readers(equations)
-    return [eqn for eqn in equations if eqn.primitive.name == PRIMITIVE and _has_maximum(eqn.outvars[0], readers)]
+    return [eqn for eqn in equations if eqn.primitive.name == PRIMITIVE and _has_softmax(eqn.outvars[0], readers)]
 
 
 def _readers(equations: Sequence[Any]) -> dict[Any, list[Any]]:
@@ -116,7 +117,7 @@ def _readers(equations: Sequence[Any]) -> dict[Any, list[Any]]:
     return found
 
 
-def _has_maximum(start: Any, readers: dict[Any, list[Any]]) -> bool:
+def _has_softmax(start: Any, readers: dict[Any, list[Any]]) -> bool:
     stack, seen = [start], set()
     while stack:
         var = stack.pop()
@@ -125,9 +126,9 @@ def _has_maximum(start: Any, readers: dict[Any, list[Any]]) -> bool:
         seen.add(var)
         for eqn in readers.get(var, ()):
             name = eqn.primitive.name
-            if (name == "reduce_max" and eqn.params["axes"] == (var.aval.ndim - 1,)) or (
-                name in written.CALLS and _inside(eqn, var)
-            ):
+            if name.startswith(_LOSSES) or (name in written.CALLS and _inside(eqn, var)):
+                return True
+            if name == "reduce_max" and eqn.params["axes"] == (var.aval.ndim - 1,):
                 return True
             if name in _PASSES and eqn.outvars[0].aval.size == start.aval.size:
                 stack.append(eqn.outvars[0])
@@ -137,7 +138,7 @@ def _has_maximum(start: Any, readers: dict[Any, list[Any]]) -> bool:
 def _inside(call: Any, var: Any) -> bool:
     inner, _ = compat.open_jaxpr(call.params["jaxpr"])
     readers = _readers(inner.eqns)
-    return any(_has_maximum(own, readers) for own, given in zip(inner.invars, call.invars) if given is var)
+    return any(_has_softmax(own, readers) for own, given in zip(inner.invars, call.invars) if given is var)
 
 
 def _same_layer(eqn: Any, logits: Any) -> bool:

@@ -98,12 +98,12 @@ def test_stock_as_it_comes_runs_without_jaxext(tmp_path):
 
 
 def test_settings_reach_the_command(tmp_path):
-    setting = Setting(exclude=("attention", "rms_norm"), memory="system", isa="v3")
+    setting = Setting(exclude=("attention", "rms_norm"), memory="system", isa="v3", precision="fp8")
     line, environment = process.command(tmp_path / "p.py", [], setting)
     assert line[1].endswith("__main__.py")
     assert line[2:5] == ["run", "--memory", "system"]
     assert environment["JAXEXT_KERNELS"] == "-attention,-rms_norm"
-    assert environment["JAXEXT_ISA"] == "v3"
+    assert environment["JAXEXT_ISA"] == "v3" and environment["JAXEXT_PRECISION"] == "fp8"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,7 @@ def test_settings_reach_the_command(tmp_path):
         ("stock+memory=system", STOCK),
         ("exclude=attention,layer_norm", Setting(exclude=("attention", "layer_norm"))),
         ("isa=v3", Setting(isa="v3")),
+        ("precision=fp8", Setting(precision="fp8")),
     ],
 )
 def test_versus_names_settings(text, setting):
@@ -121,7 +122,7 @@ def test_versus_names_settings(text, setting):
     assert Setting.from_dict(setting.to_dict()) == setting
 
 
-@pytest.mark.parametrize("text", ["", "fast", "memory=none", "isa=v9", "exclude=", "stock=1"])
+@pytest.mark.parametrize("text", ["", "fast", "memory=none", "isa=v9", "precision=fp4", "exclude=", "stock=1"])
 def test_unknown_settings_are_answered_with_the_known(text):
     with pytest.raises(ValueError, match=r"is no setting\. Expected one of stock, jaxext, exclude=KERNEL"):
         parse_versus(text, "reuse")
@@ -131,6 +132,7 @@ def test_labels_mention_only_what_differs():
     assert label(Setting(kernels=False), Setting()) == "stock"
     assert label(STOCK, Setting()) == "stock with system memory"
     assert label(Setting(exclude=("attention",)), Setting()) == "jaxext without attention"
+    assert label(Setting(precision="fp8"), Setting()) == "jaxext in fp8"
 
 
 @pytest.mark.parametrize("name", ["gpt_nnx", "gpt_linen", "llama_jax", "vit_linen", "hf_gpt2"])

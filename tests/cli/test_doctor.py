@@ -41,6 +41,7 @@ def test_settings_that_cost_speed_get_advice():
         "--json",
         JAXEXT_ISA="v3",
         JAXEXT_KERNELS="-attention",
+        JAXEXT_PRECISION="fp8",
         JAX_DISABLE_JIT="1",
         JAX_ENABLE_X64="1",
         JAX_COMPILATION_CACHE_DIR="cache",
@@ -50,6 +51,7 @@ def test_settings_that_cost_speed_get_advice():
     advice = {name: finding["advice"] for name, finding in findings.items()}
     assert advice["JAXEXT_ISA"] == "JAXEXT_ISA forces it; unset it to use the best that this CPU has."
     assert advice["JAXEXT_KERNELS"] == "attention run on stock JAX; unset it."
+    assert advice["JAXEXT_PRECISION"].endswith("8.9 or later; this program is for cpu; unset it.")
     assert advice["JAX_DISABLE_JIT"] == "nothing is compiled; unset it."
     assert advice["JAX_ENABLE_X64"].startswith("arrays become float64, for which there are no kernels")
     assert advice["threads"] == "XLA_FLAGS=--xla_cpu_multi_thread_eigen=false limits XLA to one thread; unset it."

@@ -201,6 +201,19 @@ def test_a_refused_pattern_is_stock_jax_and_strict_makes_it_an_error(monkeypatch
         (lambda: jaxext.accelerate(scaled, require="x"), ValueError, "accelerate(require=): unknown kernel 'x'. The"),
         (lambda: jaxext.accelerate(scaled, exclude=("y",)), ValueError, "accelerate(exclude=): unknown kernel 'y'. "),
         (
+            lambda: jaxext.accelerate(scaled, precision="bf16"),
+            ValueError,
+            "accelerate(precision=): unknown precision 'bf16', expected 'fp8' (matrix products in eight bits on GPUs) "
+            "or "
+            "None. Leave it out to multiply as the program says.",
+        ),
+        (
+            lambda: jaxext.accelerate(scaled, precision="fp8", check=True),
+            ValueError,
+            "accelerate: check=True holds results to 2e-2, which products in eight bits do not reach. "
+            'Drop check or precision="fp8", and compare losses instead.',
+        ),
+        (
             lambda: jaxext.accelerate(scaled, exclude="attention", require="attention"),
             ValueError,
             "accelerate: 'attention' is both in require and in exclude. Drop one of them.",

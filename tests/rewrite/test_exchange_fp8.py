@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxext
-from jaxext.kernels import _fp8, _platform
+from jaxext.kernels import _fp8, _native_module, _platform
 
 NOT_HERE = "fp8 products are for GPUs of compute capability 8.9 or later; this program is for cpu"
 HALF = jnp.bfloat16
@@ -128,14 +128,19 @@ def test_the_reason_is_in_the_report(name):
 
 
 @pytest.mark.usefixtures("every_size")
-def test_logits_stay_as_they_are_and_so_do_their_gradients():
+@pytest.mark.parametrize("kernel", [True, False], ids=["softmax's kernel", "XLA's softmax"])
+def test_logits_stay_as_they_are_and_so_do_their_gradients(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setattr(_native_module, "cuda_lacks", lambda target: None)
+
     def loss(w, head, x, labels):
         logits = (jax.nn.relu(x @ w) @ head).astype(jnp.float32)
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1).mean()
 
     labels = jax.ShapeDtypeStruct((64,), "int32")
-    report = explained(jax.grad(loss, (0, 1)), *types((32, 64), (64, 48), (64, 32)), labels)
-    assert details(report) == [FORWARD, BACKWARD]
+    report = explained(jax.grad(loss, (0, 1)), *types((32, 64), (64, 512), (64, 32)), labels)
+    assert ("softmax_cross_entropy" in report.kernels()) == kernel
+    assert [entry.detail for entry in report.replaced if entry.kernel == "matmul"] == [FORWARD, BACKWARD]
     assert reasons(report) == ["its result goes into a softmax"] * 3
 
 

@@ -151,6 +151,12 @@ def test_disable_in_the_environment_makes_install_do_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"precision": "fp4"},
+            "install(precision=): unknown precision 'fp4', expected 'fp8' (matrix products in eight bits on GPUs) "
+            "or None. "
+            "Leave it out to multiply as the program says.",
+        ),
         ({"memory": "swap"}, "install: memory='swap', expected 'reuse' or 'system'."),
         (
             {"exclude": "sorting"},

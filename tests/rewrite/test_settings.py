@@ -63,7 +63,8 @@ def test_strict():
         ),
         (
             {"JAXEXT_PRECISION": "fp4"},
-            "JAXEXT_PRECISION: unknown precision 'fp4', expected 'fp8' (matrix products in eight bits on GPUs) or None. "
+            "JAXEXT_PRECISION: unknown precision 'fp4', expected 'fp8' (matrix products in eight bits on GPUs) "
+            "or None. "
             "Leave it out to multiply as the program says.",
         ),
         ({"JAXEXT_STRICT": "2"}, "JAXEXT_STRICT='2': expected 1 or 0. Unset it to use the default, 0."),
