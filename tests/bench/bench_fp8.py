@@ -128,6 +128,7 @@ def main():
         "fp8": losses(eight, start, data),
         "float32": losses(stock("float32"), start, data),
         "bfloat16, other start": losses(stock(), other, data),
+        "fp8, other start": losses(eight, other, data),
     }
     print("steps", *curves, sep=" | ")
     for end in range(given.every, given.steps + 1, given.every):

@@ -345,6 +345,20 @@ def test_overflow_and_underflow_are_stocks(sizes):
     np.testing.assert_allclose(ours, stock, rtol=2 * 2**-4 + 2**-8)
 
 
+@pytest.mark.usefixtures("every_size")
+def test_over_several_devices_the_largest_value_is_the_whole_arrays():
+    x, w = normal((64, 32), (32, 48))
+    x = (x * jnp.exp2(-jnp.arange(64) % 16)[:, None]).astype(HALF)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("rows")))
+    whole = jax.device_put(w, jax.NamedSharding(mesh, jax.P()))
+    program = exported(linear, spread, whole)
+    assert program.nr_devices == 2 and "f8E4M3FN" in program.mlir_module()
+    np.testing.assert_array_equal(
+        *(np.asarray(each, np.float32) for each in (jax.jit(program.call)(spread, whole), in_eight_bits(linear, x, w)))
+    )
+
+
 # ---------------------------------------------------------------- losses
 
 
