@@ -43,7 +43,7 @@ def _add(table: jax.Array, indices: jax.Array, updates: jax.Array, *, clips: boo
     scratch = jax.ShapeDtypeStruct((-(-numbers.size // CHUNK), 2, width), jnp.float32)
     types = [jax.ShapeDtypeStruct((rows, width), table.dtype), scratch]
     call = jax.ffi.ffi_call(SCATTER.target, types, input_output_aliases={0: 0})
-    added, _ = call(table.reshape(rows, width), ordered, order, updates.reshape(-1, width))
+    added = call(table.reshape(rows, width), ordered, order, updates.reshape(-1, width))[0]
     return (added.reshape(table.shape),)
 
 

@@ -68,12 +68,15 @@ def on_device(tree):
     return jax.tree.map(lambda x: array(x.shape, x.dtype), tree)
 
 
-def compiled(fn, *operands, ours):
-    """`fn` as stock JAX compiles it, or as jaxext does where the program is to run on CUDA."""
+def compiled(fn, *operands, ours, options=None, **settings):
+    """`fn` as stock JAX compiles it, or as jaxext does where the program is to run on CUDA.
+
+    options: XLA's, for this program; settings: those of `jaxext.accelerate`.
+    """
     if not ours:
-        return Program(jax.jit(fn).lower(*operands).compile())
+        return Program(jax.jit(fn).lower(*operands).compile(options))
     with _platform.assuming("cuda"):
-        return Program(jaxext.accelerate(fn).lower(*operands).compile())
+        return Program(jaxext.accelerate(fn, **settings).lower(*operands).compile(options))
 
 
 @dataclasses.dataclass(frozen=True)

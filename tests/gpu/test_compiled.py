@@ -5,6 +5,7 @@ Nothing is run, so nothing here says how fast it is; test_gpu.py runs on a card.
 
 import functools
 import math
+import re
 
 import bench_gpu
 import flax.linen as nn
@@ -136,6 +137,31 @@ def test_a_gpt_written_by_hand_is_exchanged_whole(cudnn):
         assert ours.calls("jaxext_layer_norm") == ours.calls("jaxext_layer_norm_backward") == 2 * layers + 1
     assert ours.bytes < stock.bytes / 2
     assert ours.temporaries < stock.temporaries
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["Triton", "cuBLASLt"])
+def test_products_in_eight_bits_stay_in_eight_bits(triton):
+    """Forward, and both gradients of each of two layers but the first input's."""
+
+    def loss(weights, x):
+        for weight in weights:
+            x = jax.nn.gelu(x @ weight)
+        return x.astype(jnp.float32).sum()
+
+    operands = [gpu_program.array((8192, 8192))] * 2, gpu_program.array((8192, 8192))
+    options = {"xla_gpu_enable_triton_gemm": triton}
+    program = gpu_program.compiled(jax.grad(loss), *operands, ours=True, options=options, precision="fp8")
+    products = re.findall(r" dot\((.*?)\)", program.text)
+    if triton:
+        types = [re.findall(rf"%{re.escape(name)} = (\w+)\[", program.text) for dot in products for name in names(dot)]
+        assert len(products) == 5 and all(kind.startswith("f8") for found in types for kind in found)
+    else:
+        assert not products
+        assert program.calls("__cublas$lt$matmul$f8") == 5
+
+
+def names(operands):
+    return re.findall(r"%([\w.\-]+)", operands)
 
 
 # ---------------------------------------------------------------- what XLA leaves nothing of
