@@ -91,10 +91,18 @@ def _check_qkv(q: Any, k: Any, v: Any, layout: Sequence[str]) -> None:
     )
 
 
-def _check(q: Any, k: Any, v: Any, *rest: Any, extras: tuple[str, ...], layout: Any, fill: str, **_: Any) -> None:
+def _check(
+    q: Any, k: Any, v: Any, *rest: Any, extras: tuple[str, ...], layout: Any, fill: str, prefix: bool, **_: Any
+) -> None:
     _check_qkv(q, k, v, layout)
     if fill not in _FILLS:
         raise ValueError(f"attention: argument 'fill' must be one of {_FILLS}, but is {fill!r}; choose one of them")
+    found = rest[extras.index("mask")].shape if "mask" in extras else None
+    if prefix and (found is None or found[-3:-1] != (1, 1)):
+        raise ValueError(
+            f"attention: argument 'prefix' needs a mask of shape [..., 1, 1, S], but is given one of shape {found}; "
+            "leave it out"
+        )
     heads, queries, keys = (_sizes(q, k, v, layout)[i] for i in (0, 2, 3))
     for name, x in zip(extras, rest):
         core = {"query_segment_ids": (queries,), "key_value_segment_ids": (keys,)}.get(name, (heads, queries, keys))
@@ -170,6 +178,7 @@ def _reference(
     keep_scale: float,
     fill: str,
     layout: tuple[str, ...],
+    prefix: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(out, lse, low); the last two are residuals, not differentiable.
 
@@ -248,6 +257,7 @@ def _attributes(
     keep_scale: float,
     fill: str,
     layout: tuple[str, ...],
+    prefix: bool,
     wrt: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
     low, high = band
@@ -290,6 +300,7 @@ def _bind(
     soft_cap: float | None = None,
     fill: Fill | None = None,
     layout: tuple[str, ...] = ("btnh",) * 4,
+    prefix: bool = False,
 ) -> tuple[list[Any], dict[str, Any]]:
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
@@ -304,6 +315,7 @@ def _bind(
         "keep_scale": float(keep_scale),
         "fill": fill or "zeros",
         "layout": tuple(layout),
+        "prefix": prefix,
     }
     return [query, key, value, *named.values()], params
 
@@ -325,6 +337,7 @@ def attention_op(query: jax.Array, key: jax.Array, value: jax.Array, **options: 
       fill: what a row with every key hidden gives: "zeros" (default), "uniform" (the mean over all values, as a finite
         fill value in stock JAX) or "nan" (as -inf does).
       layout: of query, key, value and the result.
+      prefix: the mask is [..., 1, 1, S] and hides no key before one that it shows: it says how many keys there are.
 
     Returns:
       [..., T, N, V] (or [..., N, T, V]) of query's dtype; sums are in float32.
@@ -449,6 +462,7 @@ def attention(
         soft_cap=logits_soft_cap,
         fill="uniform",
         layout=_TIME_FIRST,
+        prefix=mask is None and key_value_seq_lengths is not None,
     )
     if query_seq_lengths is None:
         return out

@@ -4,6 +4,9 @@ JAX offers forward and backward as one differentiable function, an op has them a
 function's vjp without the pullback; the backward op takes the same vjp and puts the result and the statistics that the
 forward op kept where the pullback holds its own, so that nobody needs its forward any more and it is dropped. A JAX
 whose pullback does not hold exactly these two is refused.
+
+Key lengths go as lengths; other masks, and segment ids as the mask they make, as the bias that cuDNN adds to the
+scores. Rows without a visible key are computed beside it: cuDNN gets some keys for them and no cotangent from them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,8 @@ from jax.interpreters import partial_eval
 
 from jaxext import _jax_compat
 from jaxext.kernels import _platform
-from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _bind, _heads_first, _sizes
+from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _bind, _heads_first, _sizes, _visible
+from jaxext.kernels._attention_rows import filled, spread
 from jaxext.kernels._op import relaxed
 from jaxext.kernels._platform import Lowering
 
@@ -29,11 +33,10 @@ __all__ = ["cudnn_problem", "cudnn_refusal"]
 _DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 _LEAST_LENGTH = 64
 _HOPPER = (9, 0)
-_UNKNOWN_TO_CUDNN = {
-    "mask": "a mask that is an array would be added to the scores as a bias, with a gradient of its size",
-    "query_segment_ids": "segment ids",
-    "keep": "dropout with given probabilities",
-}
+# The statistics of a row that takes no part in the backward: exp(score - this) is 0.
+_NO_SHARE = 2.0**30
+# Added to hidden scores: exp of it is 0, and cuDNN may still subtract two of them.
+_HIDDEN = {jnp.dtype("bfloat16"): -(2.0**41), jnp.dtype("float16"): -(2.0**15)}
 
 
 def cudnn_refusal(
@@ -45,14 +48,14 @@ def cudnn_refusal(
     band: tuple[int | None, int | None],
     soft_cap: float | None,
     layout: tuple[str, ...],
+    prefix: bool,
     capability: tuple[int, int] | None,
     **others: Any,
 ) -> str | None:
     """Why cuDNN's attention cannot compute this call on a device of this compute capability (None: one not known)."""
     _, _, queries, keys, depth, value_depth = _sizes(q, k, v, layout)
-    for name, what in _UNKNOWN_TO_CUDNN.items():
-        if name in extras:
-            return f"cuDNN has no place for it: {what}"
+    if "keep" in extras:
+        return "cuDNN has no place for it: dropout with given probabilities"
     if soft_cap is not None:
         return "cuDNN has no place for it: soft-capped scores"
     if q.dtype not in _DTYPES:
@@ -64,10 +67,12 @@ def cudnn_refusal(
         return f"head size {depth}; cuDNN takes multiples of 8 up to {widest} on this device"
     if min(queries, keys) < _LEAST_LENGTH or 0 in q.shape:
         return f"{queries} queries and {keys} keys; below {_LEAST_LENGTH} the call stays with XLA"
-    return _band_refusal(band, queries, keys) or _bias_refusal(q, rest, layout, queries, keys)
+    return _band_refusal(band, queries, keys, prefix) or _bias_refusal(
+        q, dict(zip(extras, rest)), queries, keys, prefix
+    )
 
 
-def _band_refusal(band: tuple[int | None, int | None], queries: int, keys: int) -> str | None:
+def _band_refusal(band: tuple[int | None, int | None], queries: int, keys: int, prefix: bool) -> str | None:
     low, high = band
     if band == (None, None):
         return None
@@ -76,21 +81,25 @@ def _band_refusal(band: tuple[int | None, int | None], queries: int, keys: int) 
     # JAX aligns them at the first query, cuDNN's versions differ.
     if queries != keys:
         return f"a causal mask over {queries} queries and {keys} keys; they have to be equal in number"
+    if prefix and low is not None:
+        return "a window over keys of given lengths, which leaves rows without a key"
     return None
 
 
-def _bias_refusal(q: Any, rest: Sequence[Any], layout: Sequence[str], queries: int, keys: int) -> str | None:
-    if not rest:
-        return None
-    (bias,), heads = rest, q.shape[-3 if layout[0] == "bnth" else -2]
-    if bias.dtype != q.dtype:
-        return f"a bias of dtype {bias.dtype}; cuDNN takes the queries' {q.dtype}"
-    leading = math.prod(bias.shape[:-3])
-    if bias.shape[-3:] != (heads, queries, keys) or leading not in (1, math.prod(q.shape[:-3])):
-        return f"a bias of shape {tuple(bias.shape)}; cuDNN takes whole ones, [..., {heads}, {queries}, {keys}]"
-    if queries % 2 or keys % 2:
-        return f"a bias over {queries} queries and {keys} keys; cuDNN takes even numbers"
+def _bias_refusal(q: Any, named: dict[str, Any], queries: int, keys: int, prefix: bool) -> str | None:
+    if "bias" in named and named["bias"].dtype != q.dtype:
+        return f"a bias of dtype {named['bias'].dtype}; cuDNN takes the queries' {q.dtype}"
+    if "bias" in named and named["bias"].shape[-1] != keys:
+        # Its gradient is exactly 0 and would be a sum of roundings.
+        return "a bias that does not vary along the keys"
+    if _as_bias(tuple(named), prefix) and (queries % 2 or keys % 2):
+        return f"a bias or a mask over {queries} queries and {keys} keys; cuDNN takes even numbers"
     return None
+
+
+def _as_bias(extras: tuple[str, ...], prefix: bool) -> bool:
+    """Whether cuDNN is handed a bias, with the masks in it; else there are key lengths or nothing."""
+    return bool(extras) and not (prefix and extras == ("mask",))
 
 
 def _refuses(*avals: Any, **params: Any) -> str | None:
@@ -125,18 +134,92 @@ def _backward_refuses(*avals: Any, wrt: tuple[int, ...], extras: tuple[str, ...]
 # --- the call -------------------------------------------------------------------------------------------------------
 
 
-def _attend(*operands: jax.Array, scale: float, band: tuple[int | None, int | None]) -> jax.Array:
-    """jax.nn.dot_product_attention of [B, T, N, H] and a bias [1 or B, N, T, S]."""
-    window = None if band[0] is None else (-band[0], 0)
-    return jax.nn.dot_product_attention(
-        *operands, scale=scale, is_causal=band[1] is not None, local_window_size=window, implementation="cudnn"
-    )
+class _Handed(NamedTuple):
+    """What cuDNN is handed, [B, ...]; with one dimension of batch, lengths before heads.
+
+    Attributes:
+      inputs: query, key, value [B, T, N, H], and a bias [1 or B, 1 or N, T, S], in which the masks are.
+      mask: [1 or B, 1 or N, T, S], where there is no bias.
+      lengths: int32 [B], the numbers of keys; all where there is none.
+      hidden: [1 or B, 1 or T, 1 or N], rows without a visible key; None where there can be none.
+    """
+
+    inputs: list[jax.Array]
+    mask: jax.Array | None
+    lengths: jax.Array | None
+    hidden: jax.Array | None
 
 
-def _time_first(operands: Sequence[jax.Array], layout: Sequence[str]) -> list[jax.Array]:
-    """Query, key, value as [B, T, N, H], a bias as [1 or B, N, T, S]."""
+def _handed(
+    operands: Sequence[jax.Array],
+    *,
+    extras: tuple[str, ...],
+    band: tuple[int | None, int | None],
+    layout: Sequence[str],
+    prefix: bool,
+    heads_alone: bool = False,
+) -> _Handed:
+    """`heads_alone`: a bias has a gradient of its own for each head."""
     turned = [x if order == "btnh" else jnp.swapaxes(x, -3, -2) for x, order in zip(operands[:3], layout)]
-    return [x.reshape(-1, *x.shape[-3:]) for x in (*turned, *operands[3:])]
+    batch, (queries, heads), (keys, kv_heads) = turned[0].shape[:-3], turned[0].shape[-3:-1], turned[1].shape[-3:-1]
+    inputs = [x.reshape(-1, *x.shape[-3:]) for x in turned]
+    named = dict(zip(extras, operands[3:]))
+    flat = functools.partial(_one_batch, batch=batch)
+    if prefix and extras == ("mask",):
+        counted = jnp.sum(jnp.broadcast_to(flat(named["mask"]), (inputs[0].shape[0], 1, 1, keys)), (1, 2, 3), jnp.int32)
+        empty = counted == 0
+        return _Handed(inputs, None, jnp.where(empty, keys, counted), empty[:, None, None])
+    visible, hidden = _visible(queries, keys, (None, None), named, kv_heads), None
+    if visible is not None:
+        seen = _visible(queries, keys, band, named, kv_heads)
+        assert seen is not None
+        unseen = jnp.logical_not(jnp.any(flat(_each_head(seen)), -1))
+        hidden = jnp.swapaxes(unseen, 1, 2)
+        visible = _whole(flat(_each_head(visible)), queries, keys)
+    if "bias" not in named:
+        return _Handed(inputs, visible, None, hidden)
+    bias = _whole(flat(named["bias"]), queries, keys)
+    if heads_alone:
+        bias = jnp.broadcast_to(bias, (bias.shape[0], heads, queries, keys))
+    if visible is not None:
+        bias = jnp.where(visible, bias, jnp.asarray(_HIDDEN[bias.dtype], bias.dtype))
+    return _Handed([*inputs, bias], None, None, hidden)
+
+
+def _each_head(visible: jax.Array) -> jax.Array:
+    """[..., K or 1, G or 1, T, S] -> [..., N or 1, T, S]."""
+    return visible.reshape(*visible.shape[:-4], -1, *visible.shape[-2:])
+
+
+def _one_batch(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """[..., N, T, S] with the batch's dimensions, each full or 1 -> [B or 1, N, T, S]."""
+    leading = x.shape[:-3]
+    if any(size != 1 for size in leading):
+        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _whole(x: jax.Array, queries: int, keys: int) -> jax.Array:
+    return jnp.broadcast_to(x, (*x.shape[:2], queries, keys))
+
+
+def _differentiated(
+    handed: _Handed, scale: float, band: tuple[int | None, int | None]
+) -> tuple[jax.Array, Callable[..., Any]]:
+    """Result and pullback of jax.nn.dot_product_attention."""
+    attend = functools.partial(
+        _attend,
+        mask=handed.mask,
+        key_value_seq_lengths=handed.lengths,
+        scale=scale,
+        is_causal=band[1] is not None,
+        local_window_size=None if band[0] is None else (-band[0], 0),
+    )
+    return jax.vjp(attend, *handed.inputs)
+
+
+def _attend(*operands: jax.Array, **options: Any) -> jax.Array:
+    return jax.nn.dot_product_attention(*operands, **options, implementation="cudnn")
 
 
 def _like(x: jax.Array, shape: Sequence[int], order: str) -> jax.Array:
@@ -161,14 +244,24 @@ def _kept(pullback: Callable[..., Any], inputs: Sequence[jax.Array], out: jax.Ar
 
 
 def _forward(
-    *operands: jax.Array, scale: float, band: tuple[int | None, int | None], layout: tuple[str, ...], **others: Any
+    *operands: jax.Array,
+    extras: tuple[str, ...],
+    scale: float,
+    band: tuple[int | None, int | None],
+    layout: tuple[str, ...],
+    fill: str,
+    prefix: bool,
+    **others: Any,
 ) -> tuple[jax.Array, ...]:
     """The op's (out, lse, low): cuDNN's logarithm of the sum is lse, as a maximum over a sum of 1; low is not kept."""
     with relaxed():
-        inputs = _time_first(operands, layout)
-        found, pullback = jax.vjp(functools.partial(_attend, scale=scale, band=band), *inputs)
-        arrays, _, statistics, _ = _kept(pullback, inputs, found)
+        handed = _handed(operands, extras=extras, band=band, layout=layout, prefix=prefix)
+        found, pullback = _differentiated(handed, scale, band)
+        arrays, _, statistics, _ = _kept(pullback, handed.inputs, found)
         sums, leading = arrays[statistics] / math.log(2), operands[0].shape[:-3]
+        if handed.hidden is not None:
+            sums = jnp.where(jnp.swapaxes(handed.hidden, 1, 2), -jnp.inf, sums)
+            found = filled(found, handed.hidden, handed.inputs[2], fill, "btnh", "btnh")
         _, queries, heads, depth = found.shape
         sizes = (heads, queries) if layout[3] == "bnth" else (queries, heads)
         out = _like(found, (*leading, *sizes, depth), layout[3])
@@ -191,22 +284,47 @@ def _gradients(
     scale: float,
     band: tuple[int | None, int | None],
     layout: tuple[str, ...],
+    fill: str,
+    prefix: bool,
     **others: Any,
 ) -> tuple[jax.Array, ...]:
     operands, (out, lse, _, cotangent) = xs[: 3 + len(extras)], xs[3 + len(extras) :]
     with relaxed():
-        inputs = _time_first(operands, layout)
-        found, pullback = jax.vjp(functools.partial(_attend, scale=scale, band=band), *inputs)
-        arrays, structure, statistics, result = _kept(pullback, inputs, found)
+        alone = 3 in wrt
+        handed = _handed(operands, extras=extras, band=band, layout=layout, prefix=prefix, heads_alone=alone)
+        found, pullback = _differentiated(handed, scale, band)
+        arrays, structure, statistics, result = _kept(pullback, handed.inputs, found)
         saved, upstream = (_heads_first(x, "btnh" if layout[3] == "bnth" else "bnth") for x in (out, cotangent))
-        arrays[statistics] = (jnp.sum(lse, -2) * math.log(2)).reshape(arrays[statistics].shape)
-        arrays[result] = saved.reshape(found.shape)
-        gradients = jax.tree.unflatten(structure, arrays)(upstream.reshape(found.shape))
+        upstream, sums = (
+            upstream.reshape(found.shape),
+            (jnp.sum(lse, -2) * math.log(2)).reshape(arrays[statistics].shape),
+        )
+        added = None
+        if handed.hidden is not None:
+            added = spread(upstream, handed.hidden, handed.inputs[2], fill)
+            upstream = jnp.where(handed.hidden[..., None], 0, upstream)
+            # cuDNN multiplies both.
+            saved = jnp.where(handed.hidden[..., None], 0, saved.reshape(found.shape)) if fill == "nan" else saved
+            sums = jnp.where(jnp.swapaxes(handed.hidden, 1, 2), _NO_SHARE, sums)
+        arrays[statistics], arrays[result] = sums, saved.reshape(found.shape)
+        gradients = list(jax.tree.unflatten(structure, arrays)(upstream))
+        if added is not None:
+            gradients[2] = gradients[2] + added
         orders = (*layout[:3], "btnh")
         return tuple(
-            (_like(gradients[i], operands[i].shape, orders[i]) if i < 3 else gradients[i].reshape(operands[i].shape))
+            _like(gradients[i], operands[i].shape, orders[i])
+            if i < 3
+            else _summed(gradients[i], operands[i].shape, operands[0].shape[:-3])
             for i in wrt
         )
+
+
+def _summed(gradient: jax.Array, shape: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
+    """A bias' gradient [1 or B, N, T, S], summed where the bias is one for all."""
+    leading = batch if gradient.shape[0] == math.prod(batch) else (1,) * len(batch)
+    whole = gradient.reshape(*leading, *gradient.shape[1:])
+    shared = [i for i, size in enumerate(shape) if size == 1 and whole.shape[i] != 1]
+    return jnp.sum(whole, shared, keepdims=True) if shared else whole
 
 
 _HOW = "cuDNN through jax.nn.dot_product_attention"

@@ -2,7 +2,8 @@
 
 Stands for the two custom calls only, by what JAX documents of them: `statistics` are natural logarithms of sums of
 exponentials, [B, N, T]; a causal mask is aligned at the first query; a window of w is the query's key and the w - 1
-before it. The gradients are taken from the statistics and the result that are given, so that wrong ones show.
+before it; keys behind a sequence's length are hidden. A row without a key is NaN here. The gradients are taken from the
+statistics and the result that are given, so that wrong ones show.
 """
 
 import jax
@@ -13,7 +14,7 @@ from jax.interpreters import mlir
 
 from jaxext.kernels import _attention_cudnn
 
-CAUSAL = cudnn.MaskType.CAUSAL
+CAUSAL = (cudnn.MaskType.CAUSAL, cudnn.MaskType.PADDING_CAUSAL)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def emulated(found, monkeypatch):
         mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True), platform="cpu")
 
 
-def _scores(q, k, bias, scale, mask_type, window, has_bias):
+def _scores(q, k, bias, lengths, scale, mask_type, window, has_bias):
     """[B, N, T, S] in float32, hidden ones -inf; heads of keys repeated."""
     q, k = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
@@ -43,23 +44,27 @@ def _scores(q, k, bias, scale, mask_type, window, has_bias):
         scores = scores + bias.astype(jnp.float32)
     offset = jnp.arange(k.shape[1]) - jnp.arange(q.shape[1])[:, None]
     visible = jnp.ones(offset.shape, bool)
-    if mask_type == CAUSAL:
+    if mask_type in CAUSAL:
         visible = offset <= 0
     if window:
         visible &= offset > -window
+    if cudnn.has_padding(mask_type):
+        visible = visible & (jnp.arange(k.shape[1]) < lengths[:, None, None, None])
     return jnp.where(visible, scores, -jnp.inf)
 
 
-def _forward(q, k, v, bias, *_, scale, variadic_args, mask_type, sliding_window_length, is_training, **__):
-    scores = _scores(q, k, bias, scale, mask_type, sliding_window_length, variadic_args[0])
+def _forward(
+    q, k, v, bias, _, lengths, *__, scale, variadic_args, mask_type, sliding_window_length, is_training, **___
+):
+    scores = _scores(q, k, bias, lengths, scale, mask_type, sliding_window_length, variadic_args[0])
     v = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
     out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v).astype(q.dtype)
     return [out, jax.nn.logsumexp(scores, -1)] if is_training else [out]
 
 
-def _backward(q, k, v, bias, *rest, scale, variadic_args, mask_type, sliding_window_length, **_):
+def _backward(q, k, v, bias, _, lengths, *rest, scale, variadic_args, mask_type, sliding_window_length, **__):
     statistics, out, cotangent = rest[-3:]
-    scores = _scores(q, k, bias, scale, mask_type, sliding_window_length, variadic_args[0])
+    scores = _scores(q, k, bias, lengths, scale, mask_type, sliding_window_length, variadic_args[0])
     share = jnp.exp(scores - statistics[..., None])
     up, groups = cotangent.astype(jnp.float32), q.shape[2] // k.shape[2]
     wide_k, wide_v = (jnp.repeat(x.astype(jnp.float32), groups, axis=2) for x in (k, v))
@@ -75,6 +80,6 @@ def _backward(q, k, v, bias, *rest, scale, variadic_args, mask_type, sliding_win
         of_group(jnp.einsum("bnts,btnh->bsnh", share, up)).astype(v.dtype),
     ]
     if variadic_args[1]:
-        total = dscores if bias.shape[0] > 1 else dscores.sum(0, keepdims=True)
-        gradients.append(total.astype(bias.dtype))
+        shared = [i for i, size in enumerate(bias.shape) if size == 1]
+        gradients.append(dscores.sum(shared, keepdims=True).astype(bias.dtype))
     return gradients

@@ -46,6 +46,11 @@ def array(*shape, dtype="bfloat16"):
         ({"batch": ()}, {}),
         ({}, {"bias": array(1, 4, 128, 128)}),
         ({}, {"bias": array(2, 4, 128, 128), "band": (None, 0)}),
+        ({}, {"bias": array(2, 1, 1, 128)}),
+        ({}, {"mask": array(1, 1, 128, 128, dtype="bool")}),
+        ({}, {"mask": array(2, 1, 1, 128, dtype="bool"), "prefix": True, "band": (None, 0)}),
+        ({"queries": 129}, {"mask": array(2, 1, 1, 129, dtype="bool"), "prefix": True}),
+        ({}, {f"{side}_segment_ids": array(2, 128, dtype="int32") for side in ("query", "key_value")}),
     ],
 )
 def test_calls_that_cudnn_takes(sizes, options):
@@ -55,13 +60,7 @@ def test_calls_that_cudnn_takes(sizes, options):
 @pytest.mark.parametrize(
     ("sizes", "options", "reason"),
     [
-        ({}, {"mask": array(1, 1, 128, 128, dtype="bool")}, "cuDNN has no place for it: a mask that is an array"),
         ({}, {"keep": array(2, 4, 128, 128, dtype="bool")}, "cuDNN has no place for it: dropout with given"),
-        (
-            {},
-            {f"{side}_segment_ids": array(2, 128, dtype="int32") for side in ("query", "key_value")},
-            "cuDNN has no place for it: segment ids",
-        ),
         ({}, {"soft_cap": 30.0}, "cuDNN has no place for it: soft-capped scores"),
         ({"dtype": "float32"}, {}, "dtype float32; cuDNN takes bfloat16 and float16"),
         ({"value": 32}, {}, "values of size 32 with queries of size 64"),
@@ -73,8 +72,13 @@ def test_calls_that_cudnn_takes(sizes, options):
         ({}, {"band": (-7, None)}, "keys -7 to None from the query"),
         ({"keys": 256}, {"band": (None, 0)}, "a causal mask over 128 queries and 256 keys"),
         ({}, {"bias": array(1, 4, 128, 128, dtype="float32")}, "a bias of dtype float32; cuDNN takes the queries'"),
-        ({}, {"bias": array(2, 1, 128, 128)}, r"a bias of shape \(2, 1, 128, 128\); cuDNN takes whole ones"),
-        ({"queries": 129}, {"bias": array(1, 4, 129, 129)}, "a bias over 129 queries and 129 keys"),
+        ({"queries": 129}, {"bias": array(1, 4, 129, 129)}, "a bias or a mask over 129 queries and 129 keys"),
+        ({}, {"bias": array(1, 4, 128, 1)}, "a bias that does not vary along the keys"),
+        (
+            {},
+            {"mask": array(2, 1, 1, 128, dtype="bool"), "prefix": True, "band": (-9, 0)},
+            "a window over keys of given lengths, which leaves rows without a key",
+        ),
     ],
 )
 def test_refusals_name_the_limit(sizes, options, reason):
@@ -176,21 +180,54 @@ CASES = {
     "two batches": ({"batch": (2, 3)}, {}),
     "bias": ({"kv_heads": 4}, {"bias": (1, 4, 64, 64)}),
     "bias of each": ({}, {"bias": (2, 4, 64, 64), "band": (None, 0)}),
+    "bias of keys": ({}, {"bias": (2, 1, 1, 64)}),
+    "bias of keys and heads": ({"batch": (2, 3)}, {"bias": (1, 3, 4, 1, 64), "mask": (2, 1, 1, 64, 64)}),
+    "lengths": ({"keys": 72}, {"mask": (2, 1, 1, 72), "prefix": True}),
+    "lengths, causal": ({"batch": (2, 3)}, {"mask": (2, 3, 1, 1, 64), "prefix": True, "band": (None, 0)}),
+    "lengths for all": ({"batch": (4,)}, {"mask": (1, 1, 1, 64), "prefix": True}),
+    "lengths and a bias": ({}, {"mask": (2, 1, 1, 64), "prefix": True, "bias": (1, 4, 64, 64)}),
+    "keys": ({}, {"mask": (2, 1, 1, 64), "layout": ("bnth", "btnh", "bnth", "bnth")}),
+    "mask": ({"heads": 6}, {"mask": (2, 6, 64, 64)}),
+    "mask, window": ({}, {"mask": (1, 1, 64, 64), "band": (-20, 0)}),
+    "no batch, mask": ({"batch": ()}, {"mask": (4, 64, 64)}),
+    "segments": ({}, {"segments": (1, 64), "band": (None, 0)}),
+    "segments and a mask": ({"keys": 72}, {"segments": (2, 64), "mask": (1, 4, 1, 72), "bias": (1, 4, 64, 72)}),
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", CASES)
-def test_forward_and_backward_fit_together(emulated, case, dtype):  # noqa: F811
-    sizes, options = CASES[case]
-    rng, options = np.random.default_rng(0), dict(options)
-    operands = [rng.standard_normal(x.shape).astype(dtype) for x in shapes(64, **{"depth": 16, **sizes})]
-    for i, order in enumerate(options.get("layout", ("btnh",) * 4)[:3]):
-        operands[i] = operands[i] if order == "btnh" else operands[i].swapaxes(-2, -3)
+def drawn(rng, options, dtype, keys):
+    """The operands whose shapes `options` give; the first sequence has no key, the first row neither."""
+    options = dict(options)
     if "bias" in options:
         options["bias"] = rng.standard_normal(options["bias"]).astype(dtype)
-    given, params = _bind(*operands, **options)
-    wrt = tuple(range(len(given)))
+    if "mask" in options:
+        shape = options["mask"]
+        mask = rng.random(shape) < 0.4
+        if options.get("prefix"):
+            mask = np.arange(keys) < rng.integers(1, keys, shape[:-1])[..., None]
+        mask.reshape(-1, *shape[-2:])[0, 0] = False
+        options["mask"] = mask
+    if "segments" in options:
+        shape = options.pop("segments")
+        options["query_segment_ids"] = np.sort(rng.integers(0, 4, shape)).astype(np.int32)
+        options["key_value_segment_ids"] = np.sort(rng.integers(1, 5, (*shape[:-1], keys))).astype(np.int32)
+    return options
+
+
+@pytest.mark.parametrize("fill", ["uniform", "zeros"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward_fit_together(emulated, case, dtype, fill):  # noqa: F811
+    sizes, options = CASES[case]
+    if fill == "zeros" and not {"mask", "segments"} & set(options):
+        pytest.skip("every row sees a key")
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal(x.shape).astype(dtype) for x in shapes(64, **{"depth": 16, **sizes})]
+    options = drawn(rng, options, dtype, operands[1].shape[-3])
+    for i, order in enumerate(options.get("layout", ("btnh",) * 4)[:3]):
+        operands[i] = operands[i] if order == "btnh" else operands[i].swapaxes(-2, -3)
+    given, params = _bind(*operands, **options, fill=fill)
+    wrt = tuple(i for i, x in enumerate(given) if jnp.issubdtype(x.dtype, jnp.floating))
     out, lse, low = jax.jit(lambda *xs: _attention_cudnn._forward(*xs, **params))(*given)
     expected, exact_lse, exact_low = ATTENTION.reference(*given, **params)
     assert [x.shape for x in (out, lse, low)] == [x.shape for x in (expected, exact_lse, exact_low)]
@@ -200,7 +237,7 @@ def test_forward_and_backward_fit_together(emulated, case, dtype):  # noqa: F811
     saved = (out, lse, low, cotangent)
     ours = jax.jit(lambda *xs: _attention_cudnn._backward(*xs, wrt=wrt, **params))(*given, *saved)
     plain = ATTENTION_BACKWARD.reference(*given, *saved, wrt=wrt, **params)
-    wide = [np.asarray(x, np.float32) for x in given]
+    wide = [np.asarray(x, np.float32) if i in wrt else x for i, x in enumerate(given)]
     exact = ATTENTION.reference(*wide, **params)[0]
     exact_gradients = ATTENTION_BACKWARD.reference(*wide, *saved[:3], cotangent.astype(np.float32), wrt=wrt, **params)
     for o, p, e in zip((out, *ours), (expected, *plain), (exact, *exact_gradients), strict=True):
@@ -208,6 +245,22 @@ def test_forward_and_backward_fit_together(emulated, case, dtype):  # noqa: F811
         o, p, e = (np.asarray(x, np.float64) for x in (o, p, e))
         floor = 4 * float(jnp.finfo(dtype).eps) * np.abs(e).max()
         assert np.abs(o - e).max() <= 2 * np.abs(p - e).max() + floor
+
+
+@pytest.mark.parametrize("options", [{"mask": (2, 1, 1, 64), "prefix": True}, {"mask": (2, 4, 64, 64)}], ids=str)
+def test_rows_without_a_key_that_are_nan(emulated, options):  # noqa: F811
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal(x.shape).astype(x.dtype) for x in shapes(64, depth=16)]
+    given, params = _bind(*operands, **drawn(rng, options, "bfloat16", 64), fill="nan")
+    saved = jax.jit(lambda *xs: _attention_cudnn._forward(*xs, **params))(*given)
+    cotangent = rng.standard_normal(saved[0].shape).astype(saved[0].dtype)
+    ours = _attention_cudnn._backward(*given, *saved, cotangent, wrt=(0, 1, 2), **params)
+    plain = ATTENTION_BACKWARD.reference(*given, *saved, cotangent, wrt=(0, 1, 2), **params)
+    expected = ATTENTION.reference(*given, **params)[0]
+    for o, p in zip((saved[0], *ours), (expected, *plain), strict=True):
+        o, p = np.asarray(o, np.float32), np.asarray(p, np.float32)
+        assert (np.isnan(o) == np.isnan(p)).all()
+        np.testing.assert_allclose(np.nan_to_num(o), np.nan_to_num(p), rtol=0, atol=4 * 2**-8 * np.nanmax(np.abs(p)))
 
 
 def test_residuals_of_either_platform_serve_the_other(emulated):  # noqa: F811

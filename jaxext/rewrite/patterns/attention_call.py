@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ...kernels._attention import attention_op
-from ..axes import Axis, Dims, Splits, View, arrange, refine
-from ..facts import Facts
+from ...kernels._attention_rows import filled
+from ...kernels._platform import foreseen
+from ..axes import Axis, Dims, Splits, View, arrange, climb, refine
+from ..facts import Facts, widens
 from ..match import NoMatch
 from ..trace import Value
 from .attention_scores import Mask, Scores, added_only
@@ -66,6 +68,8 @@ class Plan:
     row_scales: tuple[Operand, ...] = ()
     biases: tuple[Operand, ...] = ()
     masks: tuple[Operand, ...] = ()
+    # Masks that hide whole rows, put on the result.
+    row_masks: tuple[Operand, ...] = ()
     equal: tuple[tuple[Operand, Operand], ...] = ()
     segments: tuple[Operand, Operand] | None = None
     keeps: tuple[Operand, ...] = ()
@@ -80,6 +84,9 @@ class Plan:
         roles, layout = self.roles, self.options["layout"][3]
         inner = (roles.rows, roles.heads) if layout == "btnh" else (roles.heads, roles.rows)
         leading = [(axis,) for axis in roles.leading]
+        for mask in self.row_masks:
+            hidden = jnp.logical_not(_truth(arrays, mask, (*leading, *inner)))
+            out = filled(out, hidden, value, self.options["fill"], layout, self.options["layout"][2])
         for scale in self.scales:
             out = out * arrange(arrays[scale.index], scale.dims, (*leading, *inner, ())).astype(out.dtype)
         out = out if self.number == 1.0 else out * jnp.asarray(self.number, out.dtype)
@@ -93,7 +100,8 @@ class Plan:
         parts = [heads]
         if options["band"] != (None, None):
             parts.append("band=({}, {})".format(*options["band"]))
-        named = (("bias", self.biases), ("mask", self.masks or self.equal), ("segments", self.segments))
+        named = (("bias", self.biases), ("mask", self.masks or self.equal), ("rows", self.row_masks))
+        named = (*named, ("segments", self.segments))
         parts += [name for name, given in (*named, ("dropout", self.keeps)) if given]
         if options["soft_cap"] is not None:
             parts.append(f"soft_cap={options['soft_cap']:g}")
@@ -162,6 +170,12 @@ def _arranged(call: Plan, arrays: Sequence[Any]) -> tuple[Any, Any, Any, dict[st
     return query.astype(dtype), key.astype(dtype), value.astype(dtype), _extras(call, arrays, leading)
 
 
+def _truth(arrays: Sequence[Any], operand: Operand, groups: Sequence[tuple[Axis, ...]]) -> Any:
+    array = arrange(arrays[operand.index], operand.dims, groups)
+    array = array if array.dtype == bool else array != 0
+    return array if operand.wanted else jnp.logical_not(array)
+
+
 def _extras(call: Plan, arrays: Sequence[Any], leading: Sequence[tuple[Axis, ...]]) -> dict[str, Any]:
     roles = call.roles
     matrix = (*leading, roles.heads, roles.rows, roles.keys)
@@ -170,9 +184,7 @@ def _extras(call: Plan, arrays: Sequence[Any], leading: Sequence[tuple[Axis, ...
         return arrange(arrays[operand.index], operand.dims, matrix)
 
     def truth(operand: Operand) -> Any:
-        array = on_scores(operand)
-        array = array if array.dtype == bool else array != 0
-        return array if operand.wanted else jnp.logical_not(array)
+        return _truth(arrays, operand, matrix)
 
     extras: dict[str, Any] = {}
     for operand in call.biases:
@@ -224,8 +236,11 @@ def plan(facts: Facts, root: View, found: Scores, probabilities: Probabilities, 
 
     call.query, call.key, call.value = take(query), take(key), take(value)
     call.row_scales = tuple(take(view) for view in found.row_scales)
-    call.biases = tuple(take(view, factor=factor) for view, factor in (*found.biases, *biases))
-    call.masks = tuple(take(c.view, c.wanted) for c in combined if isinstance(c, Array))
+    dtype = query.value.dtype
+    call.biases = tuple(take(_at(view, dtype), factor=factor) for view, factor in (*found.biases, *biases))
+    masked, rows = _row_masks(combined, roles)
+    call.masks = tuple(take(c.view, c.wanted) for c in masked)
+    call.row_masks = tuple(take(c.view, c.wanted) for c in rows)
     call.keeps = tuple(take(view, wanted) for view, wanted in keeps)
     for pair in segments:
         left, right = (pair.left, pair.right) if k in pair.right.axes else (pair.right, pair.left)
@@ -240,13 +255,32 @@ def plan(facts: Facts, root: View, found: Scores, probabilities: Probabilities, 
         "soft_cap": found.soft_cap,
         "band": band,
         "keep_scale": probabilities.keep_scale if call.keeps else 1.0,
-        "fill": _fill(masks, band, roles, combined, probabilities, zero_rows),
+        "fill": _fill(masks, band, roles, combined, probabilities, zero_rows) or "zeros",
         "layout": _layout(roles, query, key, value),
+        "prefix": bool(masked) and not call.equal and all(_are_lengths(c, refined(c.view), roles) for c in masked),
     }
     call.scales = tuple(take(view) for view in probabilities.scales)
     call.number = 1.0 if call.keeps else probabilities.keep_scale
     call.inputs = tuple(inputs)
     return call
+
+
+def _at(view: View, dtype: Any) -> View:
+    """`view` before it was widened from `dtype`, if it was: it is added in float32 anyway."""
+    bare = climb(view, widens)
+    return bare if bare.value.dtype == dtype else view
+
+
+def _row_masks(combined: Sequence[Condition], roles: Roles) -> tuple[list[Array], list[Array]]:
+    """(masks of the scores, those that hide whole rows); apart only where the CPU's kernel does not take both."""
+    arrays = [condition for condition in combined if isinstance(condition, Array)]
+    rows = [c for c in arrays if foreseen() == "cuda" and not set(roles.keys) & set(c.view.axes)]
+    return [c for c in arrays if c not in rows], rows
+
+
+def _are_lengths(mask: Array, view: View, roles: Roles) -> bool:
+    """Whether the mask says, for each sequence, how many keys there are."""
+    return (mask.prefix,) == roles.keys and set(view.axes) <= {*roles.leading, *roles.keys}
 
 
 def _all_masks(

@@ -38,10 +38,14 @@ class Segments:
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The elements of `view` are true (nonzero), or false where `wanted` is False."""
+    """The elements of `view` are true (nonzero), or false where `wanted` is False.
+
+    `prefix`: along this axis it holds up to some place and no further, which may differ along the others.
+    """
 
     view: View
     wanted: bool
+    prefix: Axis | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,9 @@ def _conditions(facts: Facts, part: Slice, wanted: bool) -> tuple[Condition, ...
     if split is not None:
         return split
     view = part.view
-    return None if view is None or not _at_hand(view.value) else (Array(shrink(view), wanted),)
+    if view is None or not _at_hand(view.value):
+        return None
+    return (Array(shrink(view), wanted, _prefix(facts, part, wanted)),)
 
 
 def _input(value: Value, part: Slice) -> Slice:
@@ -225,6 +231,23 @@ def _of_comparison(facts: Facts, name: str, operands: list[Slice], wanted: bool)
         return None
     difference = a.minus(b).times(sign).plus(-strict)
     return difference.nonnegative()
+
+
+def _prefix(facts: Facts, part: Slice, wanted: bool) -> Axis | None:
+    """The axis whose positions are compared with something that does not vary along it, and have to be smaller."""
+    node = source(part.value)
+    if node is None or node.primitive not in _COMPARISONS:
+        return None
+    left, right = (_input(value, part) for value in node.inputs)
+    upwards = (node.primitive in ("lt", "le")) == wanted
+    for counted, bound, sign in ((left, right, 1 if upwards else -1), (right, left, -1 if upwards else 1)):
+        found = affine(facts, counted)
+        if found is None or len(found.terms) != 1:
+            continue
+        ((axis, step_size),) = found.terms
+        if step_size * sign > 0 and all(place.axis is not axis for place in _reach(facts, bound).places):
+            return axis
+    return None
 
 
 def _of_indicator(facts: Facts, part: Slice, symbol: str, number: float, wanted: bool) -> tuple[Condition, ...] | None:
