@@ -23,7 +23,7 @@ from jax.interpreters import partial_eval
 
 from jaxext import _jax_compat
 from jaxext.kernels import _platform
-from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _bind, _heads_first, _sizes, _visible
+from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, Band, _bind, _heads_first, _sizes, _visible
 from jaxext.kernels._attention_rows import filled, spread
 from jaxext.kernels._op import relaxed
 from jaxext.kernels._platform import Lowering
@@ -45,7 +45,7 @@ def cudnn_refusal(
     v: Any,
     *rest: Any,
     extras: tuple[str, ...],
-    band: tuple[int | None, int | None],
+    band: Band,
     soft_cap: float | None,
     layout: tuple[str, ...],
     prefix: bool,
@@ -67,12 +67,11 @@ def cudnn_refusal(
         return f"head size {depth}; cuDNN takes multiples of 8 up to {widest} on this device"
     if min(queries, keys) < _LEAST_LENGTH or 0 in q.shape:
         return f"{queries} queries and {keys} keys; below {_LEAST_LENGTH} the call stays with XLA"
-    return _band_refusal(band, queries, keys, prefix) or _bias_refusal(
-        q, dict(zip(extras, rest)), queries, keys, prefix
-    )
+    named = dict(zip(extras, rest))
+    return _band_refusal(band, queries, keys) or _bias_refusal(q, named, band, prefix, queries, keys)
 
 
-def _band_refusal(band: tuple[int | None, int | None], queries: int, keys: int, prefix: bool) -> str | None:
+def _band_refusal(band: Band, queries: int, keys: int) -> str | None:
     low, high = band
     if band == (None, None):
         return None
@@ -81,25 +80,24 @@ def _band_refusal(band: tuple[int | None, int | None], queries: int, keys: int, 
     # JAX aligns them at the first query, cuDNN's versions differ.
     if queries != keys:
         return f"a causal mask over {queries} queries and {keys} keys; they have to be equal in number"
-    if prefix and low is not None:
-        return "a window over keys of given lengths, which leaves rows without a key"
     return None
 
 
-def _bias_refusal(q: Any, named: dict[str, Any], queries: int, keys: int, prefix: bool) -> str | None:
+def _bias_refusal(q: Any, named: dict[str, Any], band: Band, prefix: bool, queries: int, keys: int) -> str | None:
     if "bias" in named and named["bias"].dtype != q.dtype:
         return f"a bias of dtype {named['bias'].dtype}; cuDNN takes the queries' {q.dtype}"
     if "bias" in named and named["bias"].shape[-1] != keys:
         # Its gradient is exactly 0 and would be a sum of roundings.
         return "a bias that does not vary along the keys"
-    if _as_bias(tuple(named), prefix) and (queries % 2 or keys % 2):
+    as_lengths = _as_lengths(tuple(named), band, prefix)
+    if named and not as_lengths and (queries % 2 or keys % 2):
         return f"a bias or a mask over {queries} queries and {keys} keys; cuDNN takes even numbers"
     return None
 
 
-def _as_bias(extras: tuple[str, ...], prefix: bool) -> bool:
-    """Whether cuDNN is handed a bias, with the masks in it; else there are key lengths or nothing."""
-    return bool(extras) and not (prefix and extras == ("mask",))
+def _as_lengths(extras: tuple[str, ...], band: Band, prefix: bool) -> bool:
+    """Whether cuDNN is handed key lengths, not a bias; a window would leave rows behind them without a key."""
+    return prefix and extras == ("mask",) and band[0] is None
 
 
 def _refuses(*avals: Any, **params: Any) -> str | None:
@@ -154,7 +152,7 @@ def _handed(
     operands: Sequence[jax.Array],
     *,
     extras: tuple[str, ...],
-    band: tuple[int | None, int | None],
+    band: Band,
     layout: Sequence[str],
     prefix: bool,
     heads_alone: bool = False,
@@ -165,7 +163,7 @@ def _handed(
     inputs = [x.reshape(-1, *x.shape[-3:]) for x in turned]
     named = dict(zip(extras, operands[3:]))
     flat = functools.partial(_one_batch, batch=batch)
-    if prefix and extras == ("mask",):
+    if _as_lengths(extras, band, prefix):
         counted = jnp.sum(jnp.broadcast_to(flat(named["mask"]), (inputs[0].shape[0], 1, 1, keys)), (1, 2, 3), jnp.int32)
         empty = counted == 0
         return _Handed(inputs, None, jnp.where(empty, keys, counted), empty[:, None, None])
@@ -203,9 +201,7 @@ def _whole(x: jax.Array, queries: int, keys: int) -> jax.Array:
     return jnp.broadcast_to(x, (*x.shape[:2], queries, keys))
 
 
-def _differentiated(
-    handed: _Handed, scale: float, band: tuple[int | None, int | None]
-) -> tuple[jax.Array, Callable[..., Any]]:
+def _differentiated(handed: _Handed, scale: float, band: Band) -> tuple[jax.Array, Callable[..., Any]]:
     """Result and pullback of jax.nn.dot_product_attention."""
     attend = functools.partial(
         _attend,
@@ -247,7 +243,7 @@ def _forward(
     *operands: jax.Array,
     extras: tuple[str, ...],
     scale: float,
-    band: tuple[int | None, int | None],
+    band: Band,
     layout: tuple[str, ...],
     fill: str,
     prefix: bool,
@@ -282,7 +278,7 @@ def _gradients(
     wrt: tuple[int, ...],
     extras: tuple[str, ...],
     scale: float,
-    band: tuple[int | None, int | None],
+    band: Band,
     layout: tuple[str, ...],
     fill: str,
     prefix: bool,

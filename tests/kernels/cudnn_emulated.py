@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 from jax.interpreters import mlir
 
-from jaxext.kernels import _attention_cudnn
+from jaxext.kernels import _attention_cudnn, _platform
+from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD
 
 CAUSAL = (cudnn.MaskType.CAUSAL, cudnn.MaskType.PADDING_CAUSAL)
 
@@ -27,13 +28,22 @@ def found(monkeypatch):
 
 
 @pytest.fixture
-def emulated(found, monkeypatch):
+def emulated(found):
     """The two custom calls run on the CPU too."""
     for primitive, run in (
         (cudnn._dot_product_attention_fwd_p, _forward),
         (cudnn._dot_product_attention_bwd_p, _backward),
     ):
         mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True), platform="cpu")
+
+
+@pytest.fixture
+def as_on_cuda(emulated, monkeypatch):
+    """Attention in programs that run here is what it is on CUDA, with the emulation."""
+    for op in (ATTENTION, ATTENTION_BACKWARD):
+        monkeypatch.setitem(op.lowerings, "cpu", op.lowerings["cuda"])
+    with _platform.assuming("cuda"):
+        yield
 
 
 def _scores(q, k, bias, lengths, scale, mask_type, window, has_bias):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -53,6 +53,8 @@ class Operand:
     dims: Dims
     wanted: bool = True
     factor: float = 1.0
+    # A mask that is true where any element along these is.
+    over: tuple[Axis, ...] = ()
 
 
 @dataclasses.dataclass
@@ -120,7 +122,7 @@ def operand_types(call: Plan) -> tuple[Any, Any, Any, dict[str, Any]]:
     dtype = jnp.result_type(*(inputs[operand.index].dtype for operand in (call.query, call.key, call.value)))
 
     def matrix(operands: Sequence[Operand], dtype: Any) -> Any:
-        present = {axis for operand in operands for dim in operand.dims for axis in dim}
+        present = {axis for operand in operands for dim in operand.dims for axis in dim if axis not in operand.over}
         groups = (*((axis,) for axis in roles.leading), roles.heads, roles.rows, roles.keys)
         shape = [_size(group) if present & set(group) else 1 for group in groups]
         return jax.ShapeDtypeStruct(tuple(shape), dtype)
@@ -171,9 +173,12 @@ def _arranged(call: Plan, arrays: Sequence[Any]) -> tuple[Any, Any, Any, dict[st
 
 
 def _truth(arrays: Sequence[Any], operand: Operand, groups: Sequence[tuple[Axis, ...]]) -> Any:
+    if operand.over:
+        groups = (*(() if group == operand.over else group for group in groups), operand.over)
     array = arrange(arrays[operand.index], operand.dims, groups)
     array = array if array.dtype == bool else array != 0
-    return array if operand.wanted else jnp.logical_not(array)
+    array = array if operand.wanted else jnp.logical_not(array)
+    return jnp.any(array, -1) if operand.over else array
 
 
 def _extras(call: Plan, arrays: Sequence[Any], leading: Sequence[tuple[Axis, ...]]) -> dict[str, Any]:
@@ -228,19 +233,19 @@ def plan(facts: Facts, root: View, found: Scores, probabilities: Probabilities, 
     call = Plan(root, roles)
     inputs: list[Value] = []
 
-    def take(view: View, wanted: bool = True, factor: float = 1.0) -> Operand:
+    def take(view: View, wanted: bool = True, factor: float = 1.0, over: tuple[Axis, ...] = ()) -> Operand:
         view = refined(view)
         if view.value not in inputs:
             inputs.append(view.value)
-        return Operand(inputs.index(view.value), view.dims, wanted, factor)
+        return Operand(inputs.index(view.value), view.dims, wanted, factor, over)
 
     call.query, call.key, call.value = take(query), take(key), take(value)
     call.row_scales = tuple(take(view) for view in found.row_scales)
     dtype = query.value.dtype
     call.biases = tuple(take(_at(view, dtype), factor=factor) for view, factor in (*found.biases, *biases))
-    masked, rows = _row_masks(combined, roles)
-    call.masks = tuple(take(c.view, c.wanted) for c in masked)
-    call.row_masks = tuple(take(c.view, c.wanted) for c in rows)
+    masked, of_rows = _with_row_masks(combined, roles, refined)
+    call.masks = tuple(take(c.view, c.wanted, over=over) for c, over in masked)
+    call.row_masks = tuple(take(c.view, c.wanted, over=over) for c, over in of_rows)
     call.keeps = tuple(take(view, wanted) for view, wanted in keeps)
     for pair in segments:
         left, right = (pair.left, pair.right) if k in pair.right.axes else (pair.right, pair.left)
@@ -257,7 +262,7 @@ def plan(facts: Facts, root: View, found: Scores, probabilities: Probabilities, 
         "keep_scale": probabilities.keep_scale if call.keeps else 1.0,
         "fill": _fill(masks, band, roles, combined, probabilities, zero_rows) or "zeros",
         "layout": _layout(roles, query, key, value),
-        "prefix": bool(masked) and not call.equal and all(_are_lengths(c, refined(c.view), roles) for c in masked),
+        "prefix": bool(masked) and not call.equal and all(_are_lengths(*c, roles, refined, band) for c in masked),
     }
     call.scales = tuple(take(view) for view in probabilities.scales)
     call.number = 1.0 if call.keeps else probabilities.keep_scale
@@ -271,16 +276,55 @@ def _at(view: View, dtype: Any) -> View:
     return bare if bare.value.dtype == dtype else view
 
 
-def _row_masks(combined: Sequence[Condition], roles: Roles) -> tuple[list[Array], list[Array]]:
-    """(masks of the scores, those that hide whole rows); apart only where the CPU's kernel does not take both."""
-    arrays = [condition for condition in combined if isinstance(condition, Array)]
-    rows = [c for c in arrays if foreseen() == "cuda" and not set(roles.keys) & set(c.view.axes)]
-    return [c for c in arrays if c not in rows], rows
+def _with_row_masks(
+    combined: Sequence[Condition], roles: Roles, refined: Callable[[View], View]
+) -> tuple[list[tuple[Array, tuple[Axis, ...]]], list[tuple[Array, tuple[Axis, ...]]]]:
+    """(masks of the scores, masks that hide whole rows), each true where any element along the given axes is.
+
+    They are apart only on CUDA: the CPU's kernel takes what a row and a key make together, cuDNN takes key lengths.
+    """
+    masked: list[tuple[Array, tuple[Axis, ...]]] = []
+    rows: list[tuple[Array, tuple[Axis, ...]]] = []
+    for condition in combined:
+        if not isinstance(condition, Array):
+            continue
+        axes = set(refined(condition.view).axes)
+        if foreseen() != "cuda":
+            masked.append((condition, ()))
+        elif not axes & set(roles.keys):
+            rows.append((condition, ()))
+        elif _is_product(condition, axes, roles):
+            # A row and a key that are in it with anything are in it together, if the band lets them.
+            masked.append((condition, roles.rows))
+            rows.append((condition, roles.keys))
+        else:
+            masked.append((condition, ()))
+    return masked, rows
 
 
-def _are_lengths(mask: Array, view: View, roles: Roles) -> bool:
+def _is_product(mask: Array, axes: set[Axis], roles: Roles) -> bool:
+    """Whether it is a mask of rows and one of key lengths, under bands."""
+    ends = [factor for factor in mask.factors if set(roles.keys) & set(factor.view.axes)]
+    return (
+        bool(mask.factors)
+        and all((end.prefix,) == roles.keys and set(end.view.axes) <= {*roles.leading, *roles.keys} for end in ends)
+        and axes <= {*roles.leading, *roles.rows, *roles.keys}
+    )
+
+
+def _are_lengths(
+    mask: Array,
+    over: tuple[Axis, ...],
+    roles: Roles,
+    refined: Callable[[View], View],
+    band: tuple[int | None, int | None],
+) -> bool:
     """Whether the mask says, for each sequence, how many keys there are."""
-    return (mask.prefix,) == roles.keys and set(view.axes) <= {*roles.leading, *roles.keys}
+    if over:
+        # A window can hide the first keys from the rows that are left.
+        return band[0] is None
+    axes = set(refined(mask.view).axes)
+    return (mask.prefix,) == roles.keys and axes <= {*roles.leading, *roles.keys}
 
 
 def _all_masks(

@@ -40,12 +40,14 @@ class Segments:
 class Array:
     """The elements of `view` are true (nonzero), or false where `wanted` is False.
 
-    `prefix`: along this axis it holds up to some place and no further, which may differ along the others.
+    `prefix`: along this axis it holds up to some place and no further, which may differ along others.
+    `factors`: arrays that it is the conjunction of, together with bands, in an enclosing function that has them.
     """
 
     view: View
     wanted: bool
     prefix: Axis | None = None
+    factors: tuple[Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,14 @@ def _from_outside(facts: Facts, part: Slice, origin: Value, wanted: bool) -> tup
         return None
     if all(isinstance(condition, (Band, Never)) for condition in found):
         return found
-    return None if view is None else (*(c for c in found if isinstance(c, Band)), Array(shrink(view), wanted))
+    if view is None:
+        return None
+    bands = tuple(condition for condition in found if isinstance(condition, Band))
+    arrays = tuple(condition for condition in found if isinstance(condition, Array))
+    if len(found) == len(arrays) == 1:
+        return (dataclasses.replace(arrays[0], view=shrink(view), wanted=wanted),)
+    factors = tuple(factor for array in arrays for factor in (array.factors or (array,)))
+    return (*bands, Array(shrink(view), wanted, factors=factors if len(found) == len(bands) + len(arrays) else ()))
 
 
 def _of_select(facts: Facts, operands: list[Slice], wanted: bool) -> tuple[Condition, ...] | None:
