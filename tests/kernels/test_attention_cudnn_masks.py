@@ -119,7 +119,9 @@ def operands(name, dtype="bfloat16"):
 def test_what_cudnn_is_handed(found, name):  # noqa: F811
     attend, given = (AS_LENGTHS | AS_BIAS)[name], operands(name)
     report = jaxext.explain(attend, platform="cuda")(*given)
-    assert [entry.kernel for entry in report.replaced] == ["attention"], report
+    (entry,) = report.replaced
+    assert entry.kernel == "attention"
+    assert ("lengths" in entry.detail) == (name in AS_LENGTHS or name == "lengths in a window")
     with _platform.assuming("cuda"):
         ours = jaxext.accelerate(gradients(attend, np.ones((B, T, N, H))))
         text = jax.jit(ours).trace(*given).lower(lowering_platforms=("cuda",)).as_text()

@@ -102,7 +102,8 @@ class Plan:
         parts = [heads]
         if options["band"] != (None, None):
             parts.append("band=({}, {})".format(*options["band"]))
-        named = (("bias", self.biases), ("mask", self.masks or self.equal), ("rows", self.row_masks))
+        masks = "lengths" if options["prefix"] else "mask"
+        named = (("bias", self.biases), (masks, self.masks or self.equal), ("rows", self.row_masks))
         named = (*named, ("segments", self.segments))
         parts += [name for name, given in (*named, ("dropout", self.keeps)) if given]
         if options["soft_cap"] is not None:
@@ -262,7 +263,7 @@ def plan(facts: Facts, root: View, found: Scores, probabilities: Probabilities, 
         "keep_scale": probabilities.keep_scale if call.keeps else 1.0,
         "fill": _fill(masks, band, roles, combined, probabilities, zero_rows) or "zeros",
         "layout": _layout(roles, query, key, value),
-        "prefix": bool(masked) and not call.equal and all(_are_lengths(*c, roles, refined, band) for c in masked),
+        "prefix": _only_lengths(masked, call, band, refined),
     }
     call.scales = tuple(take(view) for view in probabilities.scales)
     call.number = 1.0 if call.keeps else probabilities.keep_scale
@@ -312,19 +313,20 @@ def _is_product(mask: Array, axes: set[Axis], roles: Roles) -> bool:
     )
 
 
-def _are_lengths(
-    mask: Array,
-    over: tuple[Axis, ...],
-    roles: Roles,
-    refined: Callable[[View], View],
+def _only_lengths(
+    masked: Sequence[tuple[Array, tuple[Axis, ...]]],
+    call: Plan,
     band: tuple[int | None, int | None],
+    refined: Callable[[View], View],
 ) -> bool:
-    """Whether the mask says, for each sequence, how many keys there are."""
-    if over:
-        # A window can hide the first keys from the rows that are left.
-        return band[0] is None
-    axes = set(refined(mask.view).axes)
-    return (mask.prefix,) == roles.keys and axes <= {*roles.leading, *roles.keys}
+    """Whether all that the masks say is how many keys each sequence has; asked for CUDA."""
+    if foreseen() != "cuda" or not masked or call.equal:
+        return False
+    # A window can hide the first keys from the rows that are left.
+    split = all(band[0] is None for _, over in masked if over)
+    axes = {*call.roles.leading, *call.roles.keys}
+    whole = ((mask, set(refined(mask.view).axes)) for mask, over in masked if not over)
+    return split and all((mask.prefix,) == call.roles.keys and own <= axes for mask, own in whole)
 
 
 def _all_masks(
