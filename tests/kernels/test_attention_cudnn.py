@@ -17,6 +17,7 @@ from jaxext.kernels._attention import ATTENTION, ATTENTION_BACKWARD, _bind
 from jaxext.kernels._attention_cudnn import cudnn_refusal
 
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+WITH_BIAS = "__cudnn$fmhaScaleBiasSoftmax"
 
 
 def shapes(queries=128, keys=None, heads=4, kv_heads=2, depth=64, value=None, dtype="bfloat16", batch=(2,)):
@@ -126,20 +127,39 @@ def test_forward_and_backward_are_one_call_each(found):  # noqa: F811
     assert calls(lowered(jax.grad(loss, (0, 1, 2)), *shapes())) == [FORWARD, BACKWARD]
 
 
+MASKED = {
+    "": ({}, FORWARD, BACKWARD),
+    "lengths": ({"mask": (2, 1, 1, 128), "prefix": True}, FORWARD, BACKWARD),
+    "mask": ({"mask": (2, 4, 128, 128)}, WITH_BIAS, WITH_BIAS + "Backward"),
+    "bias": ({"bias": (1, 4, 128, 128), "mask": (2, 1, 1, 128)}, WITH_BIAS, WITH_BIAS + "Backward"),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("manual", [True, False])
-def test_several_devices_keep_their_rows(found, manual):  # noqa: F811
+def test_several_devices_keep_their_rows(found, manual, name):  # noqa: F811
     mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
     rows = jax.sharding.PartitionSpec("rows")
-    placed = jax.sharding.NamedSharding(mesh, rows)
-    operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in shapes()]
+    options, *expected = MASKED[name]
+    extras = {
+        key: jax.ShapeDtypeStruct(x, "bool" if key == "mask" else "bfloat16")
+        for key, x in options.items()
+        if key in ("bias", "mask")
+    }
+    given, params = _bind(*shapes(), **{**options, **extras}, band=(None, 0))
+    specs = tuple(rows if x.shape[0] > 1 else jax.sharding.PartitionSpec() for x in given)
+    given = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for x, spec in zip(given, specs)
+    ]
 
     def attend(*xs):
-        return attention_op(*xs, band=(None, 0))
+        return ATTENTION(*xs, **params)[0]
 
-    per_device = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows) if manual else attend
-    text = lowered(jax.grad(lambda *xs: per_device(*xs).astype(jnp.float32).sum(), (0, 1, 2)), *operands)
+    per_device = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=rows) if manual else attend
+    text = lowered(jax.grad(lambda *xs: per_device(*xs).astype(jnp.float32).sum(), (0, 1, 2)), *given)
     # What XLA partitions it asks of this process, for each device's rows, once it compiles.
-    assert calls(text) == ([FORWARD, BACKWARD] if manual else [])
+    assert calls(text) == (expected if manual else [])
     assert text.count("@CustomSPMDPartitioning(") == (0 if manual else 2)
 
 
