@@ -461,7 +461,6 @@ def attention(
         band=_window(local_window_size, is_causal),
         soft_cap=logits_soft_cap,
         fill="uniform",
-        layout=_TIME_FIRST,
         prefix=mask is None and key_value_seq_lengths is not None,
     )
     if query_seq_lengths is None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -392,6 +393,13 @@ def test_wrong_arguments_are_named_with_the_remedy(name):
     with pytest.raises(kind) as caught:
         kernels.attention(*xs, **options)
     assert str(caught.value) == text
+
+
+def test_lengths_are_a_mask_of_keys():
+    q = shaped(4, 2, 8)
+    text = "attention: argument 'prefix' needs a mask of shape [..., 1, 1, S], but is given one of shape (1, 4, 4)"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}; leave it out"):
+        kernels.attention_op(q, q, q, mask=np.ones((1, 4, 4), bool), prefix=True)
 
 
 @native
