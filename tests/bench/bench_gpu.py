@@ -193,7 +193,7 @@ def bench_gpt(quick, show):
 
 
 def bench_steps(quick, show):
-    """Whole train steps of compat/programs: a scanned linen GPT and a Llama of 0.85 billion parameters in plain JAX."""
+    """Whole train steps of compat/programs: a scanned linen GPT and a Llama of 0.68 billion parameters in plain JAX."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "compat" / "programs"))
     import gpt_linen
     import llama_jax
