@@ -60,4 +60,26 @@ inline LogitReader read_logits(const char* op, const ffi::AnyBuffer& logits, con
   return reader;
 }
 
+inline ffi::Error read_forward(const ffi::AnyBuffer& logits, const ffi::AnyBuffer& labels,
+                               ffi::Result<ffi::AnyBuffer>& loss, ffi::Result<ffi::AnyBuffer>& normalizer,
+                               float smoothing, bool one_hot, CrossEntropyArgs& a) {
+  LogitReader reader = read_logits("softmax_cross_entropy", logits, labels, smoothing, one_hot, a);
+  a.loss = reader.read(*loss, "loss", false);
+  a.normalizer = reader.pairs(*normalizer);
+  return reader.error;
+}
+
+inline ffi::Error read_backward(const ffi::AnyBuffer& logits, const ffi::AnyBuffer& labels,
+                                const ffi::AnyBuffer& normalizer, const ffi::AnyBuffer& grad,
+                                ffi::Result<ffi::AnyBuffer>& dlogits, float smoothing, bool one_hot,
+                                CrossEntropyArgs& a) {
+  LogitReader reader = read_logits("softmax_cross_entropy_backward", logits, labels, smoothing, one_hot, a);
+  a.normalizer = reader.pairs(normalizer);
+  a.grad = reader.read(grad, "grad", false);
+  a.dlogits = reader.read(*dlogits, "dlogits", true);
+  if (reader.error.success() && a.dlogits.bf16 != a.logits.bf16)
+    return bad_argument(reader.op, "dlogits", "of the logits' type");
+  return reader.error;
+}
+
 }  // namespace jaxext

@@ -18,7 +18,7 @@ from pathlib import Path
 from jaxext.abtest import machine, parity, timing
 from jaxext.abtest.experiment import Clock, Watcher
 from jaxext.abtest.result import ProgramResult, ProgramSide, Run
-from jaxext.abtest.settings import Setting, label
+from jaxext.abtest.settings import VARIABLES, Setting, label
 
 _NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
 _LOSS = re.compile(r"\bloss\b\s*[=:]?\s*" + _NUMBER, re.IGNORECASE)
@@ -43,7 +43,7 @@ def read_line(line: str) -> tuple[float | None, float | None]:
 def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment that run a program under `setting`."""
     environment = {**os.environ, **setting.environment(), "PYTHONUNBUFFERED": "1"}
-    for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_PRECISION", "JAXEXT_STRICT"):
+    for name in VARIABLES:
         environment.pop(name, None)
     if not setting.kernels and setting.memory == "system":
         return [sys.executable, str(path), *arguments], environment

@@ -14,7 +14,7 @@ from typing import Any
 from jaxext.abtest import parity
 from jaxext.abtest.host import Compilation, StepError
 from jaxext.abtest.protocol import TargetError
-from jaxext.abtest.settings import Setting
+from jaxext.abtest.settings import VARIABLES, Setting
 
 
 class RemoteHost:
@@ -27,7 +27,7 @@ class RemoteHost:
     def __init__(self, path: Path, factory: str, setting: Setting, seed: int) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         environment = {**os.environ, **setting.environment(), "PYTHONUNBUFFERED": "1"}
-        for name in ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_PRECISION", "JAXEXT_STRICT"):
+        for name in VARIABLES:
             environment.pop(name, None)
         order = {"path": str(path), "factory": factory, "memory": setting.memory, "seed": seed}
         self._process = subprocess.Popen(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 MEMORY = ("reuse", "system")
+# What a user's environment may say of jaxext, and a side of a test decides for itself.
+VARIABLES = ("JAXEXT_DISABLE", "JAXEXT_KERNELS", "JAXEXT_PRECISION", "JAXEXT_STRICT")
 _HELP = (
     "stock, jaxext, exclude=KERNEL[,KERNEL], precision=fp8, memory=reuse or system, isa=v2, v3, v4 or v4bf16, "
     "joined by + (as in stock+memory=system)"

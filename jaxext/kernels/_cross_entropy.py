@@ -231,15 +231,21 @@ derive(TARGETS, TARGETS_BACKWARD, saved=(1, 2))
 
 
 def _with_gradient(
-    logits: jax.Array, labels: jax.Array, cotangent: jax.Array, *, gradient_dtype: str, **params: Any
+    logits: jax.Array,
+    labels: jax.Array,
+    cotangent: jax.Array,
+    *,
+    label_smoothing: float,
+    out_of_range: OutOfRange,
+    out_dtype: str | None,
+    gradient_dtype: str,
 ) -> tuple[jax.Array, ...]:
     """Losses, normalizers, and the gradient of the logits, whose maximum and sum are taken once for all three."""
-    wide, choices = _wide(logits), {k: v for k, v in params.items() if k != "out_dtype"}
+    wide, choices = _wide(logits), {"label_smoothing": label_smoothing, "out_of_range": out_of_range}
     kept = _kept(wide)
-    one_hot = choices["out_of_range"] == "zero"
-    loss = _label_losses(wide, labels, jnp.sum(kept, -1), choices["label_smoothing"], one_hot)
+    loss = _label_losses(wide, labels, jnp.sum(kept, -1), label_smoothing, out_of_range == "zero")
     (gradient,) = _label_gradient(wide, labels, kept, cotangent, wrt=(0,), **choices)
-    return loss.astype(params["out_dtype"] or logits.dtype), kept, gradient.astype(gradient_dtype)
+    return loss.astype(out_dtype or logits.dtype), kept, gradient.astype(gradient_dtype)
 
 
 LABELS_WITH_GRADIENT = Op(

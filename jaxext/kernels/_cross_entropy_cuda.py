@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,24 +15,18 @@ from jaxext.kernels._platform import Lowering
 
 # Below it a row leaves most of its block idle, and XLA's own fusions read it as often.
 _LEAST_CLASSES = 512
+_attributes = _cross_entropy._label_attributes
 
 
 def _refuses(op: Op) -> Callable[..., str | None]:
     def refuses(*avals: Any, **params: Any) -> str | None:
         logits = avals[0]
-        choices = {name: value for name, value in params.items() if name != "gradient_dtype"}
-        missing = _native_module.cuda_lacks(op.target) or _cross_entropy._refuses_labels(*avals, **choices)
+        missing = _native_module.cuda_lacks(op.target) or _cross_entropy._refuses_labels(*avals, **params)
         if missing is None and logits.shape[-1] < _LEAST_CLASSES:
             return f"{logits.shape[-1]} classes are fewer than {_LEAST_CLASSES}; XLA's own fusions are as good"
-        if missing is None and math.prod(logits.shape[:-1]) >= 2**31:
-            return "the kernel takes fewer than 2^31 rows"
-        return missing
+        return missing or _native_module.cuda_rows_refusal(logits)
 
     return refuses
-
-
-def _attributes(**params: Any) -> Mapping[str, Any]:
-    return _cross_entropy._label_attributes(**params)
 
 
 def _fused_gradient(refuses: Callable[..., str | None], target: str, aliases: Mapping[int, int]) -> Callable[..., Any]:
@@ -62,7 +55,7 @@ def _with_gradient(*xs: jax.Array, gradient_dtype: str, out_dtype: str | None, *
     return tuple(call(*xs, **_attributes(**params)))
 
 
-_HOW = "native CUDA kernel, not yet measured on a card"
+_HOW = _native_module.CUDA_HOW
 LABELS.on("cuda", Lowering(_refuses(LABELS), target=LABELS.target, attributes=_attributes, how=_HOW))
 LABELS_WITH_GRADIENT.on("cuda", Lowering(_refuses(LABELS_WITH_GRADIENT), _with_gradient, how=_HOW))
 for _op, _aliases in ((LABELS_BACKWARD, {}), (LABELS_BACKWARD_IN_PLACE, {0: 0})):

@@ -47,4 +47,4 @@ def _add(table: jax.Array, indices: jax.Array, updates: jax.Array, *, clips: boo
     return (added.reshape(table.shape),)
 
 
-SCATTER.on("cuda", Lowering(_refuses, _add, how="native CUDA kernel, not yet measured on a card"))
+SCATTER.on("cuda", Lowering(_refuses, _add, how=_native_module.CUDA_HOW))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from types import ModuleType
+from typing import Any
 
-__all__ = ["cuda_lacks", "lacks", "load", "load_cuda", "register", "status"]
+__all__ = ["CUDA_HOW", "cuda_lacks", "cuda_rows_refusal", "lacks", "load", "load_cuda", "register", "status"]
 
 _NO_CUDA = "the CUDA kernels are not in this build (pip install . --config-settings=cmake.define.JAXEXT_CUDA=ON)"
+
+CUDA_HOW = "native CUDA kernel, not yet measured on a card"
 
 
 @functools.cache
@@ -66,6 +70,11 @@ def cuda_lacks(target: str) -> str | None:
     if module is None:
         return problem
     return None if target in module.targets() else f"the CUDA kernels have no target {target}: reinstall jaxext"
+
+
+def cuda_rows_refusal(x: Any) -> str | None:
+    """Why a kernel with a block for each row of x: [..., row] does not take it, else None."""
+    return "the kernel takes fewer than 2^31 rows" if math.prod(x.shape[:-1]) >= 2**31 else None
 
 
 def _register(module: ModuleType, platform: str) -> str:

@@ -26,9 +26,7 @@ def _limits(own: Callable[..., str | None], target: str) -> Callable[..., str | 
         missing = _native_module.cuda_lacks(target) or own(*avals, **params)
         if missing is None and x.shape[-1] > _MOST_FEATURES:
             return f"rows of {x.shape[-1]} features; the gradient's kernel takes at most {_MOST_FEATURES}"
-        if missing is None and math.prod(x.shape[:-1]) >= 2**31:
-            return "the kernel takes fewer than 2^31 rows"
-        return missing
+        return missing or _native_module.cuda_rows_refusal(x)
 
     return refuses
 
@@ -60,7 +58,7 @@ def _backward(target: str) -> Callable[..., tuple[jax.Array, ...]]:
 
 def _register(forward: Op, kind: str, centred: bool, added: bool) -> None:
     assert forward.backward is not None
-    target, how = f"jaxext_{kind}", "native CUDA kernel, not yet measured on a card"
+    target, how = f"jaxext_{kind}", _native_module.CUDA_HOW
     refuses = _limits(_norm._refuses, target)
     forward.on("cuda", Lowering(refuses, _forward(target, 2 if centred else 1, added), how=how))
     refuses = _limits(_norm._refuses_backward, f"{target}_backward")

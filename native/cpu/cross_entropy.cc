@@ -382,25 +382,17 @@ using Result = ffi::Result<ffi::AnyBuffer>;
 ffi::Error forward(ffi::ThreadPool pool, Any logits, Any labels, Result loss, Result normalizer, float label_smoothing,
                    bool one_hot) {
   CrossEntropyArgs a{};
-  LogitReader reader = read_logits("softmax_cross_entropy", logits, labels, label_smoothing, one_hot, a);
-  a.loss = reader.read(*loss, "loss", false);
-  a.normalizer = reader.pairs(*normalizer);
-  if (reader.error.failure()) return reader.error;
-  if (a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_forward)(a, parallel(pool));
-  return ffi::Error::Success();
+  ffi::Error error = read_forward(logits, labels, loss, normalizer, label_smoothing, one_hot, a);
+  if (error.success() && a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_forward)(a, parallel(pool));
+  return error;
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Any logits, Any labels, Any normalizer, Any grad, Result dlogits,
                     float label_smoothing, bool one_hot) {
   CrossEntropyArgs a{};
-  LogitReader reader = read_logits("softmax_cross_entropy_backward", logits, labels, label_smoothing, one_hot, a);
-  a.normalizer = reader.pairs(normalizer);
-  a.grad = reader.read(grad, "grad", false);
-  a.dlogits = reader.read(*dlogits, "dlogits", true);
-  if (reader.error.failure()) return reader.error;
-  if (a.dlogits.bf16 != a.logits.bf16) return bad_argument(reader.op, "dlogits", "of the logits' type");
-  if (a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_backward)(a, parallel(pool));
-  return ffi::Error::Success();
+  ffi::Error error = read_backward(logits, labels, normalizer, grad, dlogits, label_smoothing, one_hot, a);
+  if (error.success() && a.rows && a.classes) JAXEXT_DISPATCH(cross_entropy_backward)(a, parallel(pool));
+  return error;
 }
 
 ffi::Error target_forward(ffi::ThreadPool pool, Any logits, Any targets, Result loss, Result normalizer, Result total) {

@@ -11,30 +11,22 @@ namespace {
 using Any = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
-ffi::Error run(const LogitReader& reader, const CrossEntropyArgs& a, cudaStream_t stream) {
-  if (reader.error.failure()) return reader.error;
-  if (a.rows == 0 || a.classes == 0) return ffi::Error::Success();
-  if (a.rows >= int64_t{1} << 31) return bad_argument(reader.op, "logits", "of fewer than 2^31 rows");
-  return launched(reader.op, cross_entropy(a, stream));
+ffi::Error run(ffi::Error error, const CrossEntropyArgs& a, cudaStream_t stream) {
+  if (error.failure() || a.rows == 0 || a.classes == 0) return error;
+  if (a.rows >= int64_t{1} << 31) return bad_argument("softmax_cross_entropy", "logits", "of fewer than 2^31 rows");
+  return launched("softmax_cross_entropy", cross_entropy(a, stream));
 }
 
 ffi::Error forward(cudaStream_t stream, float smoothing, bool one_hot, Any logits, Any labels, Result loss,
                    Result normalizer) {
   CrossEntropyArgs a{};
-  LogitReader reader = read_logits("softmax_cross_entropy", logits, labels, smoothing, one_hot, a);
-  a.loss = reader.read(*loss, "loss", false);
-  a.normalizer = reader.pairs(*normalizer);
-  return run(reader, a, stream);
+  return run(read_forward(logits, labels, loss, normalizer, smoothing, one_hot, a), a, stream);
 }
 
 ffi::Error backward(cudaStream_t stream, float smoothing, bool one_hot, Any logits, Any labels, Any normalizer,
                     Any grad, Result dlogits) {
   CrossEntropyArgs a{};
-  LogitReader reader = read_logits("softmax_cross_entropy_backward", logits, labels, smoothing, one_hot, a);
-  a.normalizer = reader.pairs(normalizer);
-  a.grad = reader.read(grad, "grad", false);
-  a.dlogits = reader.read(*dlogits, "dlogits", true);
-  return run(reader, a, stream);
+  return run(read_backward(logits, labels, normalizer, grad, dlogits, smoothing, one_hot, a), a, stream);
 }
 
 ffi::Error both(cudaStream_t stream, float smoothing, bool one_hot, Any logits, Any labels, Any grad, Result loss,
@@ -45,7 +37,7 @@ ffi::Error both(cudaStream_t stream, float smoothing, bool one_hot, Any logits, 
   a.loss = reader.read(*loss, "loss", false);
   a.normalizer = reader.pairs(*normalizer);
   a.dlogits = reader.read(*dlogits, "dlogits", true);
-  return run(reader, a, stream);
+  return run(reader.error, a, stream);
 }
 
 auto binding() {

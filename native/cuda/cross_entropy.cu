@@ -125,8 +125,7 @@ __global__ void rows(CrossEntropyArgs a) {
 template <bool kLoss, bool kGradient, class X, class D>
 void launch(const CrossEntropyArgs& a, CUstream_st* stream) {
   constexpr int kPack = 16 / sizeof(X);
-  const bool packs = (reinterpret_cast<uintptr_t>(a.logits.data) | reinterpret_cast<uintptr_t>(a.dlogits.data)) % 16 == 0;
-  if (packs)
+  if (aligned(a.logits.data, a.dlogits.data))
     JAXEXT_LAUNCH((rows<kLoss, kGradient, kPack, X, D>), a.rows, threads_for(a.classes / kPack + 1, kMostThreads), 0,
                   stream, a);
   else

@@ -48,6 +48,12 @@ __device__ void over_row(int64_t first, int64_t count, const Body& body) {
   if (thread < count - rest) body(std::integral_constant<int, 1>{}, rest + thread);
 }
 
+// Whether all of these, null for none, can be read in packs of 16 bytes.
+template <class... Address>
+bool aligned(const Address*... at) {
+  return (reinterpret_cast<uintptr_t>(at) | ...) % 16 == 0;
+}
+
 // Whole warps, as many threads as there are packs in a row, at most `most`.
 inline unsigned threads_for(int64_t packs, unsigned most) {
   const int64_t warps = (packs + kWarp - 1) / kWarp, most_warps = most / kWarp;

@@ -149,18 +149,11 @@ void add_partials_to(NormBuffer to, const float* partials, int64_t chunks, int64
                   static_cast<float*>(to.data));
 }
 
-// Whether every present buffer can be read in packs of 16 bytes or more.
-bool aligned(const NormBuffer* const* buffers, int count) {
-  for (int i = 0; i < count; i++)
-    if (reinterpret_cast<uintptr_t>(buffers[i]->data) % 16) return false;
-  return true;
-}
-
 template <bool kCentred, class X, class O>
 void forward_for(const NormForwardArgs& a, CUstream_st* stream) {
   constexpr int kPack = 16 / sizeof(X);
-  const NormBuffer* buffers[] = {&a.x, &a.residual, &a.scale, &a.bias, &a.out, &a.sum};
-  if (a.features % kPack == 0 && aligned(buffers, 6))
+  const bool packs = aligned(a.x.data, a.residual.data, a.scale.data, a.bias.data, a.out.data, a.sum.data);
+  if (a.features % kPack == 0 && packs)
     JAXEXT_LAUNCH((forward_rows<kCentred, X, O, kPack>), a.rows, threads_for(a.features / kPack, kMostThreads), 0,
                   stream, a);
   else
@@ -172,8 +165,7 @@ void backward_for(const NormBackwardArgs& a, float* partials, CUstream_st* strea
   constexpr int kPack = 16 / sizeof(X);
   const bool sums = a.dscale.data || a.dbias.data;
   const int64_t chunks = norm_chunks(a.rows), shared = sums ? 2 * a.features * sizeof(float) : 0;
-  const NormBuffer* buffers[] = {&a.x, &a.grad, &a.grad_sum, &a.scale, &a.dx};
-  if (a.features % kPack == 0 && aligned(buffers, 5))
+  if (a.features % kPack == 0 && aligned(a.x.data, a.grad.data, a.grad_sum.data, a.scale.data, a.dx.data))
     JAXEXT_LAUNCH((backward_rows<kCentred, X, O, kPack>), chunks, threads_for(a.features / kPack, kMostThreads),
                   shared, stream, a, partials);
   else

@@ -90,8 +90,7 @@ void launch(const ScatterRowsArgs& a, CUstream_st* stream) {
 
 int scatter_rows(const ScatterRowsArgs& a, CUstream_st* stream) {
   constexpr int kPack = 8;
-  const bool aligned = (reinterpret_cast<uintptr_t>(a.table) | reinterpret_cast<uintptr_t>(a.updates)) % 16 == 0;
-  if (aligned && a.width % kPack == 0) launch<kPack>(a, stream);
+  if (a.width % kPack == 0 && aligned(a.table, a.updates)) launch<kPack>(a, stream);
   else launch<1>(a, stream);
   return cudaGetLastError();
 }

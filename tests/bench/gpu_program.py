@@ -127,6 +127,11 @@ class Program:
         """How many times a run calls it."""
         return sum(launch.times for launch in self.launches if launch.name == target)
 
+    def operands(self, kind):
+        """The HLO types that the operands of each instruction of this kind have, in fusions too."""
+        every = ((one, body) for body in self._bodies.values() for one in body.values() if one.kind == kind)
+        return [tuple(body[name].type for name in one.operands) for one, body in every]
+
     def _launches(self, computation, times):
         body = self._bodies[computation]
         for one in body.values():

@@ -5,7 +5,6 @@ Nothing is run, so nothing here says how fast it is; test_gpu.py runs on a card.
 
 import functools
 import math
-import re
 
 import bench_gpu
 import flax.linen as nn
@@ -151,17 +150,12 @@ def test_products_in_eight_bits_stay_in_eight_bits(triton):
     operands = [gpu_program.array((8192, 8192))] * 2, gpu_program.array((8192, 8192))
     options = {"xla_gpu_enable_triton_gemm": triton}
     program = gpu_program.compiled(jax.grad(loss), *operands, ours=True, options=options, precision="fp8")
-    products = re.findall(r" dot\((.*?)\)", program.text)
+    products = program.operands("dot")
     if triton:
-        types = [re.findall(rf"%{re.escape(name)} = (\w+)\[", program.text) for dot in products for name in names(dot)]
-        assert len(products) == 5 and all(kind.startswith("f8") for found in types for kind in found)
+        assert len(products) == 5 and all(kind.startswith("f8") for both in products for kind in both)
     else:
         assert not products
         assert program.calls("__cublas$lt$matmul$f8") == 5
-
-
-def names(operands):
-    return re.findall(r"%([\w.\-]+)", operands)
 
 
 # ---------------------------------------------------------------- what XLA leaves nothing of

@@ -1,13 +1,17 @@
 """CUDA sources on the host, a block's threads as fibers (native/cuda/emulated.h): arithmetic without a card."""
 
 import ctypes
+import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jaxext.kernels import _native_module
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = jnp.dtype("bfloat16")
@@ -35,3 +39,15 @@ def buffers(arrays):
 def filled(shape, dtype):
     """What a kernel leaves out shows as NaN."""
     return np.full(shape, np.nan, dtype)
+
+
+def pretend_built(monkeypatch, *targets):
+    """A build with these FFI targets for CUDA, as far as lowering can tell."""
+    module = types.SimpleNamespace(targets=lambda: dict.fromkeys(targets))
+    monkeypatch.setattr(_native_module, "load_cuda", lambda: (module, ""))
+
+
+def calls(jitted, *operands):
+    """The FFI targets that a program calls as it is lowered for CUDA, in order, and its text."""
+    text = jitted.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @(jaxext_\w+)", text), text

@@ -4,14 +4,12 @@ No test here says that they run on a card, nor how fast; tests/gpu does.
 """
 
 import ctypes
-import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import BF16, buffers, filled, library
+from emulated import BF16, buffers, calls, filled, library, pretend_built
 
 from jaxext.kernels import (
     _native_module,
@@ -144,15 +142,11 @@ def test_the_reference_of_both_at_once_is_that_of_each():
 
 @pytest.fixture
 def built(monkeypatch):
-    """A build with CUDA kernels, as far as lowering can tell."""
-    names = [f"jaxext_cross_entropy{part}" for part in ("", "_backward", "_with_gradient")]
-    module = types.SimpleNamespace(targets=lambda: dict.fromkeys(names))
-    monkeypatch.setattr(_native_module, "load_cuda", lambda: (module, ""))
+    pretend_built(monkeypatch, *(f"jaxext_cross_entropy{part}" for part in ("", "_backward", "_with_gradient")))
 
 
-def calls(fn, *operands):
-    text = jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    return re.findall(r"custom_call @(jaxext_\w+)", text)
+def called(fn, *operands):
+    return calls(jax.jit(fn), *operands)[0]
 
 
 def of_logits(logits, labels):
@@ -174,20 +168,20 @@ def test_a_build_without_cuda_keeps_the_gradient_element_by_element(monkeypatch)
     monkeypatch.setattr(_native_module, "load_cuda", lambda: (None, missing))
     with assuming("cuda"):
         assert softmax_cross_entropy_refusal(*LOGITS) == missing
-    text = jax.jit(jax.grad(of_rows, (0, 1))).trace(*ROWS).lower(lowering_platforms=("cuda",)).as_text()
+    _, text = calls(jax.jit(jax.grad(of_rows, (0, 1))), *ROWS)
     assert "jaxext_" not in text
     assert "scatter" not in text
 
 
 def test_forward_and_backward_call_the_kernels(built):
-    assert calls(of_logits, *LOGITS) == ["jaxext_cross_entropy"]
-    assert calls(jax.grad(of_logits), *LOGITS) == ["jaxext_cross_entropy", "jaxext_cross_entropy_backward"]
+    assert called(of_logits, *LOGITS) == ["jaxext_cross_entropy"]
+    assert called(jax.grad(of_logits), *LOGITS) == ["jaxext_cross_entropy", "jaxext_cross_entropy_backward"]
 
 
 def test_the_linear_layer_takes_losses_and_gradients_in_one_reading(built):
-    assert calls(of_rows, *ROWS) == ["jaxext_cross_entropy"]
+    assert called(of_rows, *ROWS) == ["jaxext_cross_entropy"]
     # The backward's own is for cotangents that turn out uneven.
-    names = set(calls(jax.grad(of_rows, (0, 1)), *ROWS))
+    names = set(called(jax.grad(of_rows, (0, 1)), *ROWS))
     assert names == {"jaxext_cross_entropy_with_gradient", "jaxext_cross_entropy_backward"}
 
 
@@ -195,4 +189,4 @@ def test_few_classes_stay_with_xla(built):
     few = jax.ShapeDtypeStruct((64, 10), "float32"), LOGITS[1]
     with assuming("cuda"):
         assert softmax_cross_entropy_refusal(*few) == "10 classes are fewer than 512; XLA's own fusions are as good"
-    assert calls(of_logits, *few) == []
+    assert called(of_logits, *few) == []
