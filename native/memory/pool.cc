@@ -5,11 +5,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 
 namespace jaxext {
 namespace {
 
-constexpr size_t page = 4096, huge = size_t{2} << 20, opening = size_t{64} << 20;
+constexpr size_t page = 4096, huge = size_t{2} << 20, opening = size_t{64} << 20, worth_waiting = opening;
 constexpr int smallest_exponent = 16, span_seconds = 10;
 static_assert(size_t{1} << smallest_exponent == BlockPool::smallest);
 
@@ -54,7 +55,8 @@ bool BlockPool::reserve(size_t bytes) {
 void* BlockPool::allocate(size_t bytes) {
   if (bytes < smallest || bytes > size_ / 2) return nullptr;
   const int number = class_of(bytes);
-  const std::lock_guard held(lock_);
+  std::unique_lock held(lock_);
+  if (bytes >= worth_waiting) await_free(number, held);
   void* block = take(number);
   if (block == nullptr) block = extend(number);
   if (block == nullptr) return nullptr;
@@ -63,13 +65,26 @@ void* BlockPool::allocate(size_t bytes) {
   return block;
 }
 
-// A kept block of the class or of the next two, else one of the class that lost its pages.
+// Requests of a class are answered from it and the next two.
+int BlockPool::last_near(int number) { return std::min(number + 2, classes - 1); }
+
+// Until a block is kept that answers the class, while one is in use; no longer than a twentieth of what it takes to write
+// as many fresh pages at 10 GB/s.
+void BlockPool::await_free(int number, std::unique_lock<std::mutex>& held) {
+  const Class *first = classes_ + number, *end = classes_ + last_near(number) + 1;
+  const auto any_kept = [&] { return std::any_of(first, end, [](const Class& c) { return c.has_kept(); }); };
+  if (any_kept() || std::none_of(first, end, [](const Class& c) { return c.live > 0; })) return;
+  freed_.wait_for(held, std::chrono::nanoseconds(bytes_of(number) / 200), any_kept);
+}
+
+// A kept block that answers the class, else one of the class that lost its pages.
 void* BlockPool::take(int number) {
-  for (int near = number; near < std::min(number + 3, classes); ++near) {
+  for (int near = number; near <= last_near(number); ++near) {
     Class& c = classes_[near];
-    if (c.free.size() == c.bare) continue;
+    if (!c.has_kept()) continue;
     const Free last = c.free.back();
     c.free.pop_back();
+    ++c.live;
     kept_ -= bytes_of(near);
     live_ += bytes_of(near);
     ++reused_;
@@ -80,6 +95,7 @@ void* BlockPool::take(int number) {
   const Free last = c.free.back();
   c.free.pop_back();
   --c.bare;
+  ++c.live;
   live_ += bytes_of(number);
   ++fresh_;
   return reinterpret_cast<void*>(begin_ + page * last.page);
@@ -98,6 +114,7 @@ void* BlockPool::extend(int number) {
   class_of_page_[used_ / page] = static_cast<uint16_t>(number);
   void* block = reinterpret_cast<void*>(begin_ + used_);
   used_ += bytes;
+  ++classes_[number].live;
   live_ += bytes;
   ++fresh_;
   return block;
@@ -108,9 +125,11 @@ void BlockPool::free(void* block) {
   const int number = class_of_page_[first];
   const std::lock_guard held(lock_);
   classes_[number].free.push_back({static_cast<uint32_t>(first), ++tick_});
+  --classes_[number].live;
   live_ -= bytes_of(number);
   kept_ += bytes_of(number);
   shrink_to_bound();
+  if (bytes_of(number) >= worth_waiting) freed_.notify_all();
 }
 
 size_t BlockPool::capacity(const void* block) const {
@@ -133,7 +152,7 @@ void BlockPool::shrink_to_bound() {
     int oldest = -1;
     for (int number = 0; number < classes; ++number) {
       const Class& c = classes_[number];
-      if (c.free.size() == c.bare) continue;
+      if (!c.has_kept()) continue;
       if (oldest < 0 || c.free[c.bare].since < classes_[oldest].free[classes_[oldest].bare].since) oldest = number;
     }
     drop_pages(oldest);
@@ -151,7 +170,7 @@ size_t BlockPool::release() {
   const std::lock_guard held(lock_);
   const size_t before = kept_;
   for (int number = 0; number < classes; ++number)
-    while (classes_[number].free.size() > classes_[number].bare) drop_pages(number);
+    while (classes_[number].has_kept()) drop_pages(number);
   return before;
 }
 

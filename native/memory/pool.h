@@ -1,5 +1,6 @@
 // A pool of large blocks that are kept for the next request, so that a training step faults no page twice.
 #pragma once
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -10,6 +11,8 @@ namespace jaxext {
 // One reserved range of addresses, cut into blocks of size classes, eight for each doubling. A free block waits in its
 // class, its pages in place. What is kept is bounded: live and kept bytes together stay within 1.25 times the most that
 // was live of late, plus 64 MiB; beyond, the blocks that have waited longest lose their pages but not their addresses.
+// A large request waits a little for a block in use that would do: XLA tells that a step is done before it frees what the
+// step had, and the next step, begun meanwhile, would need as much again and keep it.
 class BlockPool {
  public:
   static constexpr size_t smallest = size_t{64} << 10;
@@ -45,14 +48,17 @@ class BlockPool {
     uint32_t page;
     uint64_t since;
   };
-  // Free blocks, the last freed last; the first `bare` of them have lost their pages.
+  // Free blocks, the last freed last; the first `bare` of them have lost their pages. `live`: blocks in use.
   struct Class {
     std::vector<Free> free;
-    size_t bare = 0;
+    size_t bare = 0, live = 0;
+    bool has_kept() const { return free.size() > bare; }
   };
 
   static int class_of(size_t bytes);
   static size_t bytes_of(int number);
+  static int last_near(int number);
+  void await_free(int number, std::unique_lock<std::mutex>& held);
   void* take(int number);
   void* extend(int number);
   void note_live();
@@ -63,6 +69,7 @@ class BlockPool {
   size_t size_ = 0, used_ = 0, opened_ = 0;
   uint16_t* class_of_page_ = nullptr;
   std::mutex lock_;
+  std::condition_variable freed_;
   Class classes_[classes];
   size_t live_ = 0, kept_ = 0, reused_ = 0, fresh_ = 0;
   // The most live bytes of this span of time and of the one before it.
