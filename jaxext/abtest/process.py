@@ -162,14 +162,14 @@ def run_sides(
     return {name: ProgramSide(name, setting, runs[name]) for name, setting in settings.items()}
 
 
-def pairs(left: list[Run], right: list[Run]) -> tuple[list[float], list[float]]:
-    """Step times paired run by run and step by step without the first, which compiles; else the running times."""
-    a, b = [], []
-    for one, other in zip(left, right, strict=True):
-        if len(one.step_seconds) == len(other.step_seconds) >= 2:
-            a += one.step_seconds[1:]
-            b += other.step_seconds[1:]
-    return (a, b) if a else ([run.wall for run in left], [run.wall for run in right])
+def pairs(left: list[Run], right: list[Run]) -> list[timing.Pairs]:
+    """Each run's step times, paired step by step without the first, which compiles; else all running times as one."""
+    steps: list[timing.Pairs] = [
+        (one.step_seconds[1:], other.step_seconds[1:])
+        for one, other in zip(left, right, strict=True)
+        if len(one.step_seconds) == len(other.step_seconds) >= 2
+    ]
+    return steps or [([run.wall for run in left], [run.wall for run in right])]
 
 
 def conclude(
@@ -186,6 +186,8 @@ def conclude(
     losses = left.runs[0].losses, right.runs[0].losses
     if len(losses[0]) != len(losses[1]):
         found.append(f"{left.label} printed {len(losses[0])} losses, {right.label} {len(losses[1])}")
+    if len(left.runs) == 1 and left.prints_steps:
+        found.append("one run a side: the interval does not tell what differs from process to process (--repeats)")
     if not losses[0]:
         found.append("the program prints no losses, so only its speed is compared")
     both = min(len(losses[0]), len(losses[1]))
@@ -193,7 +195,7 @@ def conclude(
         name=name,
         reference=left,
         candidate=right,
-        speed=timing.paired_ratio(*pairs(left.runs, right.runs), seed),
+        speed=timing.ratio_over_runs(pairs(left.runs, right.runs), seed),
         wall=timing.paired_ratio([run.wall for run in left.runs], [run.wall for run in right.runs], seed),
         parity=parity.judge(losses[0][:both], losses[1][:both], [], rule, (left.label, right.label)),
         facts={"cpu": machine.cpu_name(), "threads": machine.threads()},

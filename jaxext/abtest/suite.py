@@ -26,7 +26,7 @@ from jaxext.abtest.timing import Ratio
 JAXEXT = Setting()
 STOCK = Setting(kernels=False, memory="system")
 STOCK_REUSE = Setting(kernels=False)
-_KEYS = {"name": str, "target": str, "arguments": list, "tolerance": float}
+_KEYS = {"name": str, "target": str, "arguments": list, "tolerance": float, "repeats": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Program:
       factory: the function of the file that gives one step, from which arithmetic and dtypes are counted; None: none.
       arguments: of its command line.
       tolerance: relative difference allowed to the losses; None: by the dtype of its products.
+      repeats: rounds of the three sides.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Program:
     factory: str | None = None
     arguments: tuple[str, ...] = ()
     tolerance: float | None = None
+    repeats: int = 2
 
     @property
     def command(self) -> str:
@@ -150,14 +152,17 @@ class SuiteResult:
         return plain_text(self)
 
 
-def read(path: Path, only: tuple[str, ...] = (), tolerance: float | None = None) -> list[Program]:
-    """The programs that a suite's file lists as [[program]] tables: name, target, arguments, tolerance.
+def read(
+    path: Path, only: tuple[str, ...] = (), tolerance: float | None = None, repeats: int | None = None
+) -> list[Program]:
+    """The programs that a suite's file lists as [[program]] tables: name, target, arguments, tolerance, repeats.
 
     `target`: file.py:factory or file.py, relative to the suite's file. `only`: names of those to take; empty: all.
-    `tolerance` replaces every program's own.
+    `tolerance` and `repeats` replace every program's own.
 
     Raises:
-      TargetError: no such file, no TOML, an unknown or missing key, a missing program, or a name no program has.
+      TargetError: no such file, no TOML, a key that is unknown or missing, a wrong value, a missing program, or a name
+        no program has.
     """
     if not path.is_file():
         raise TargetError(
@@ -175,7 +180,9 @@ def read(path: Path, only: tuple[str, ...] = (), tolerance: float | None = None)
     if not programs:
         raise TargetError(f"--suite {str(path)!r}: lists no program. Expected [[program]] tables with name and target.")
     taken = [program for program in programs if not only or program.name in only]
-    return taken if tolerance is None else [dataclasses.replace(program, tolerance=tolerance) for program in taken]
+    given = {"tolerance": tolerance, "repeats": repeats}
+    instead = {name: value for name, value in given.items() if value is not None}
+    return [dataclasses.replace(program, **instead) for program in taken]
 
 
 def _program(suite: Path, index: int, table: dict[str, Any]) -> Program:
@@ -189,19 +196,20 @@ def _program(suite: Path, index: int, table: dict[str, Any]) -> Program:
             raise TargetError(f"{where}: unknown key {key!r}, expected one of {', '.join(_KEYS)}.")
         if not isinstance(value, kind):
             raise TargetError(f"{where}: {key} = {value!r}, expected a {kind.__name__}.")
+    if table.get("repeats", 1) < 1:
+        raise TargetError(f"{where}: repeats = {table['repeats']}, expected at least 1.")
     try:
         path, factory = parse_target(str(suite.parent / table["target"]))
     except TargetError as error:
         raise TargetError(f"{where}: {error}") from error
     arguments = tuple(str(argument) for argument in table.get("arguments", ()))
-    return Program(table["name"], path, factory, arguments, table.get("tolerance"))
+    return Program(table["name"], path, factory, arguments, table.get("tolerance"), table.get("repeats", 2))
 
 
 def run(
     name: str,
     programs: list[Program],
     *,
-    repeats: int,
     budget: float | None,
     seed: int,
     watcher: Watcher,
@@ -209,7 +217,7 @@ def run(
 ) -> SuiteResult:
     """Test every program; one that fails is recorded as an error, and the others go on.
 
-    `repeats`: rounds of the three sides. `budget`: seconds for all; no program is begun after them. `after` sees the
+    `budget`: seconds for all; no program is begun after them. `after` sees the
     result so far after each program, so that an interrupted suite has lost nothing.
     """
     clock = Clock(budget, watcher)
@@ -223,7 +231,7 @@ def run(
     for program in programs:
         if clock.left() <= 0:
             break
-        entries.append(_test(program, repeats, seed, _Named(program.name, len(entries), len(programs), clock)))
+        entries.append(_test(program, seed, _Named(program.name, len(entries), len(programs), clock)))
         # Measured again and again, because a peak is what the machine reaches when nothing else runs.
         peaks = {kind: max(rate, peaks[kind]) for kind, rate in machine.peaks(0.2).items()}
         after(so_far())
@@ -247,13 +255,14 @@ class _Named(Watcher):
         )
 
 
-def _test(program: Program, repeats: int, seed: int, watcher: Watcher) -> Entry:
+def _test(program: Program, seed: int, watcher: Watcher) -> Entry:
     try:
         watcher.phase("counting its arithmetic")
         flops, dtypes = _arithmetic(program, seed)
         settings = {label(STOCK, JAXEXT): STOCK, "stock with memory reuse": STOCK_REUSE, "jaxext": JAXEXT}
         clock = Clock(None, watcher)
-        sides = run_sides(program.path, list(program.arguments), settings, repeats=repeats, seed=seed, clock=clock)
+        arguments = list(program.arguments)
+        sides = run_sides(program.path, arguments, settings, repeats=program.repeats, seed=seed, clock=clock)
     except (ProgramError, StepError, TargetError) as error:
         return Entry(program, error=str(error))
     stock, stock_reuse, jaxext = sides.values()

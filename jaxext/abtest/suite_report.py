@@ -56,8 +56,9 @@ def evidence(result: SuiteResult) -> list[str]:
             lines.append(f"{text}: {mean.value:.2f}x{interval}")
     measured = [entry for entry in result.entries if entry.as_run is not None]
     if measured:
-        ratios = sorted((entry.as_run.ratio, entry.program.name) for entry in measured if entry.as_run)
-        lines.append(f"least: {ratios[0][1]} {ratios[0][0]:.2f}x; most: {ratios[-1][1]} {ratios[-1][0]:.2f}x")
+        speeds = sorted(((e.program.name, e.as_run.speed) for e in measured if e.as_run), key=lambda one: one[1].value)
+        (least, slow), (most, fast) = speeds[0], speeds[-1]
+        lines.append(f"least: {least} {slow}; most: {most} {fast}")
     return lines + [f"{entry.program.name} failed: {entry.error}" for entry in result.entries if entry.error]
 
 

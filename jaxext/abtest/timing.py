@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 RESAMPLES = 4000
+Pairs = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Ratio:
     """How many times faster: the median of reference time / candidate time over pairs measured side by side.
 
     `interval` is the 95% percentile bootstrap interval of that median (Efron and Tibshirani, 1993); None with fewer
-    than three pairs.
+    than three pairs. Of few runs it is about the range of the runs' own ratios.
     """
 
     value: float
@@ -31,46 +32,69 @@ class Ratio:
 
 
 def paired_ratio(reference: Sequence[float], candidate: Sequence[float], seed: int) -> Ratio:
-    """Ratio of two equally long lists of seconds, pair by pair.
+    """Ratio of two equally long lists of seconds, pair by pair, all from one process a side.
 
     Raises:
       ValueError: the lists are empty or of unequal length.
     """
+    return ratio_over_runs([(reference, candidate)], seed)
+
+
+def ratio_over_runs(runs: Sequence[Pairs], seed: int) -> Ratio:
+    """Ratio of the pairs of several runs, each run given as its (reference, candidate) seconds.
+
+    The interval resamples runs, and pairs within them: what differs from process to process counts.
+
+    Raises:
+      ValueError: no run, or lists that are empty or of unequal length.
+    """
+    ratios = [_ratios(*run) for run in runs]
+    if not ratios:
+        raise ValueError("runs is empty: expected the measurements of at least one run.")
+    pairs = np.concatenate(ratios)
+    if len(pairs) < 3:
+        return Ratio(float(np.median(pairs)), None, len(pairs))
+    low, high = np.percentile(_resampled_medians(ratios, np.random.default_rng(seed)), [2.5, 97.5])
+    return Ratio(float(np.median(pairs)), (float(low), float(high)), len(pairs))
+
+
+def geometric_mean(programs: Sequence[Sequence[Pairs]], seed: int) -> Ratio:
+    """Geometric mean of the ratios of several programs, each given as its runs' (reference, candidate) seconds.
+
+    The interval resamples each program as `ratio_over_runs` does; None where a program has fewer than three pairs.
+    `pairs` of the result counts programs.
+
+    Raises:
+      ValueError: no program, or runs as `ratio_over_runs` refuses them.
+    """
+    if not programs:
+        raise ValueError("programs is empty: expected the measurements of at least one program.")
+    found = [ratio_over_runs(runs, seed) for runs in programs]
+    value = float(np.exp(np.mean([np.log(ratio.value) for ratio in found])))
+    if any(ratio.interval is None for ratio in found):
+        return Ratio(value, None, len(programs))
+    rng = np.random.default_rng(seed)
+    logs = [np.log(_resampled_medians([_ratios(*run) for run in runs], rng)) for runs in programs]
+    low, high = np.percentile(np.exp(np.mean(logs, axis=0)), [2.5, 97.5])
+    return Ratio(value, (float(low), float(high)), len(programs))
+
+
+def _ratios(reference: Sequence[float], candidate: Sequence[float]) -> np.ndarray:
     if len(reference) != len(candidate) or not reference:
         raise ValueError(
             f"reference has {len(reference)} and candidate {len(candidate)} measurements, expected as many of each, "
             "at least one."
         )
-    ratios = np.asarray(reference, np.float64) / np.asarray(candidate, np.float64)
-    if len(ratios) < 3:
-        return Ratio(float(np.median(ratios)), None, len(ratios))
-    rng = np.random.default_rng(seed)
-    medians = np.median(rng.choice(ratios, size=(RESAMPLES, len(ratios))), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
+    return np.asarray(reference, np.float64) / np.asarray(candidate, np.float64)
 
 
-def geometric_mean(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) -> Ratio:
-    """Geometric mean of the paired ratios of several programs, each given as its (reference, candidate) seconds.
-
-    The interval resamples the pairs of each program; None where a program has fewer than three. `pairs` of the result
-    counts programs.
-
-    Raises:
-      ValueError: no program, or lists as `paired_ratio` refuses them.
-    """
-    if not pairs:
-        raise ValueError("pairs is empty: expected the measurements of at least one program.")
-    value = float(np.exp(np.mean([np.log(paired_ratio(*item, seed).value) for item in pairs])))
-    if any(len(reference) < 3 for reference, _ in pairs):
-        return Ratio(value, None, len(pairs))
-    rng = np.random.default_rng(seed)
-    logs = np.zeros(RESAMPLES)
-    for reference, candidate in pairs:
-        ratios = np.asarray(reference, np.float64) / np.asarray(candidate, np.float64)
-        logs += np.log(np.median(rng.choice(ratios, size=(RESAMPLES, len(ratios))), axis=1))
-    low, high = np.percentile(np.exp(logs / len(pairs)), [2.5, 97.5])
-    return Ratio(value, (float(low), float(high)), len(pairs))
+def _resampled_medians(runs: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Medians of resamples in two stages, runs and then pairs within each (Davison and Hinkley, 1997, section 3.8)."""
+    lengths = np.array([len(run) for run in runs])
+    starts = np.cumsum(lengths) - lengths
+    taken = rng.integers(len(runs), size=(RESAMPLES, len(runs), 1))
+    within = rng.integers(lengths[taken], size=(RESAMPLES, len(runs), lengths.max()))
+    return np.median(np.concatenate(runs)[starts[taken] + within].reshape(RESAMPLES, -1), axis=1)
 
 
 def orders(sides: Sequence[str], seed: int) -> Iterator[list[str]]:

@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="of a suite, this (repeatable)")
     parser.add_argument("--args", default="", help="arguments of the whole program, as in --args='--steps 50'")
     parser.add_argument("--steps", type=int, default=20, help="steps whose losses are compared (20)")
-    parser.add_argument("--repeats", type=int, help="timed pairs (20; whole program: 3; suite: 2)")
+    parser.add_argument("--repeats", type=int, help="timed pairs (20; whole program: 3; suite: as its file says, 2)")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="begin nothing new after SECONDS (300; suite: no limit)"
     )
@@ -188,7 +188,7 @@ def _suite(args: argparse.Namespace, errors: Console) -> int:
             "--vs, --memory: a suite always compares stock JAX, with and without memory reuse. Leave them out."
         )
     _check(args, None)
-    programs = suite.read(args.suite, tuple(args.only), args.tolerance)
+    programs = suite.read(args.suite, tuple(args.only), args.tolerance, args.repeats)
 
     def save(result: Any) -> None:
         if args.json is not None and str(args.json) != "-":
@@ -198,7 +198,6 @@ def _suite(args: argparse.Namespace, errors: Console) -> int:
         result = suite.run(
             args.suite.name,
             programs,
-            repeats=args.repeats or 2,
             budget=args.budget,
             seed=args.seed,
             watcher=bar,

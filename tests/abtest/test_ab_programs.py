@@ -89,6 +89,22 @@ def test_the_budget_ends_the_repeats(program, plain):
     result = compare(program(PRINTING), repeats=50, budget=0.01)
     assert result.speed.pairs == 5
     assert any("time budget allowed 1 of 50 runs" in note for note in result.notes)
+    assert any("does not tell what differs from process to process" in note for note in result.notes)
+
+
+def test_the_interval_spans_processes_that_are_fast_or_slow_as_a_whole(program, plain):
+    """The second run of the jaxext side takes half the time of all others."""
+    plain(["seen"])
+    counting = """
+import pathlib, sys
+seen = pathlib.Path(__file__).with_suffix(".seen")
+fast = sys.argv[1:] == ["seen"] and seen.exists()
+if sys.argv[1:]: seen.touch()
+for step in range(9):
+    print(f"step {step} loss 1.0 ms {10.0 if fast else 20.0}")
+"""
+    result = compare(program(counting))
+    assert result.interval == (1.0, 2.0)
 
 
 def test_stock_as_it_comes_runs_without_jaxext(tmp_path):

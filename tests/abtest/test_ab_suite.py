@@ -59,7 +59,7 @@ SLOW = {"name": "slow", "target": "printing.py", "arguments": ["4"]}
 
 def run(path, **options):
     programs = suite.read(path)
-    return suite.run("some", programs, **{"repeats": 2, "budget": None, "seed": 0, "watcher": Watcher(), **options})
+    return suite.run("some", programs, **{"budget": None, "seed": 0, "watcher": Watcher(), **options})
 
 
 def test_ratios_of_both_kinds_and_their_geometric_means(folder):
@@ -96,6 +96,12 @@ def test_what_is_done_is_handed_over_program_by_program(folder):
     assert (seen[0].complete, seen[1].complete) == (False, True)
 
 
+def test_a_file_says_how_often_a_program_runs_and_the_command_overrides_it(folder):
+    path = write(folder, FAST, SLOW | {"repeats": 4})
+    assert [len(entry.as_run.reference.runs) for entry in run(path).entries] == [2, 4]
+    assert [program.repeats for program in suite.read(path, repeats=3)] == [3, 3]
+
+
 def test_other_losses_are_an_error_and_hide_the_speed(folder):
     (folder / "printing.py").write_text(PROGRAM.replace("3.0 /", "(3.1 if sys.argv[2] == 'jaxext' else 3.0) /"))
     result = run(write(folder, FAST))
@@ -127,9 +133,10 @@ def test_the_command_writes_all_reports(folder, capfd):
         (
             FAST | {"steps": 3},
             [],
-            r"program 1: unknown key 'steps', expected one of name, target, arguments, tolerance",
+            r"program 1: unknown key 'steps', expected one of name, target, arguments, tolerance, repeats",
         ),
         (FAST | {"arguments": "1"}, [], r"program 1: arguments = '1', expected a list"),
+        (FAST | {"repeats": 0}, [], r"program 1: repeats = 0, expected at least 1"),
         (FAST, ["--only", "quick"], r"--only 'quick': no such program in suite\.toml, expected one of fast"),
         (FAST, ["--vs", "jaxext"], r"--vs, --memory: a suite always compares stock JAX"),
         (FAST, ["--args", "3"], r"--args '3': a suite's file names its programs and their arguments"),
@@ -152,16 +159,16 @@ def test_a_missing_suite_is_answered(capfd):
 
 
 def test_the_geometric_mean_of_exact_ratios_is_exact():
-    mean = geometric_mean([([4.0] * 3, [1.0] * 3), ([1.0] * 3, [1.0] * 3)], seed=0)
+    mean = geometric_mean([[([4.0] * 3, [1.0] * 3)], [([1.0] * 3, [1.0] * 3)]], seed=0)
     assert mean.value == pytest.approx(2.0)
     assert mean.interval == pytest.approx((2.0, 2.0))
     assert mean.pairs == 2
 
 
 def test_a_program_of_two_pairs_leaves_the_mean_without_interval():
-    assert geometric_mean([([4.0] * 2, [1.0] * 2)], seed=0).interval is None
+    assert geometric_mean([[([4.0] * 2, [1.0] * 2)]], seed=0).interval is None
 
 
 def test_the_mean_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="pairs is empty: expected the measurements of at least one program"):
+    with pytest.raises(ValueError, match="programs is empty: expected the measurements of at least one program"):
         geometric_mean([], seed=0)
