@@ -19,7 +19,7 @@ from .. import _jax_compat as compat
 from .._settings import SCOPE_FP8, Settings
 from ..kernels import _fp8, _platform
 from . import written
-from .plan import left_out
+from .plan import excluded, left_out
 from .report import Entry, Report
 
 KERNEL, PRIMITIVE = "matmul", "dot_general"
@@ -39,7 +39,7 @@ class EightBits:
         self._unavailable: str | None = None
 
     def _asked(self, scopes: str) -> bool:
-        return not self._off and (self._everywhere or SCOPE_FP8 in scopes)
+        return not self._off and (self._everywhere or SCOPE_FP8 in scopes) and KERNEL not in excluded(scopes)
 
     def context(self, around: str) -> tuple[bool, ...]:
         """What the choice inside a function depends on, `around` being the name scopes it is called in."""

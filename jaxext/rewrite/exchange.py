@@ -17,7 +17,7 @@ from ..kernels import _platform
 from ..kernels._op import Op
 from . import touched_rows, unrounded, written
 from .eight_bits import EightBits
-from .plan import HIGHER_ORDER, LOCATION, left_out
+from .plan import HIGHER_ORDER, LOCATION, excluded, left_out
 from .report import Entry, Report
 
 
@@ -81,15 +81,17 @@ class _Walk:
         self._eight_bits = EightBits(settings)
         self._known: dict[Any, tuple[Any, Any]] = {}
         self._around = ""  # the name scopes of the operations that the walk is inside of
+        self._without: frozenset[str] = frozenset()  # the kernels that they exclude
         self.report = Report()
 
     def inside(self, jaxpr: Any, location: str, donated: Sequence[bool] = ()) -> Any:
         """The function, exchanged; itself where nothing changed. One that is called several times is walked once."""
-        key = id(jaxpr), self._eight_bits.context(self._around)
+        key = id(jaxpr), self._eight_bits.context(self._around), self._without
         if key not in self._known:
             opened, _ = compat.open_jaxpr(jaxpr)
             given = self._touched_rows(opened, location, donated)
-            flat, chains = unrounded.find(given) if self._finds_chains else (given.eqns, {})
+            finds_chains = self._finds_chains and unrounded.KERNEL not in self._without
+            flat, chains = unrounded.find(given) if finds_chains else (given.eqns, {})
             equations = []
             makers = {eqn.outvars[0]: eqn for eqn in flat if eqn.primitive.name in self._behind}
             products = self._eight_bits.choose(flat, self._around, location, self.report)
@@ -110,7 +112,7 @@ class _Walk:
         name = eqn.primitive.name
         wanted = self._wanted.get(name)
         chosen = None
-        if wanted is not None and not left_out(wanted.kernel, eqn):
+        if wanted is not None and wanted.kernel not in self._without and not left_out(wanted.kernel, eqn):
             last = eqn.invars[-1] if wanted.behind else None
             maker = None if last is None or written.is_literal(last) else makers.get(last)
             chosen = wanted.choose(eqn) if maker is None else wanted.choose(eqn, maker)
@@ -139,7 +141,7 @@ class _Walk:
 
     def _touched_rows(self, opened: Any, location: str, donated: Sequence[bool]) -> Any:
         """The open jaxpr with the tables' updates that need only some rows."""
-        if not self._updates_rows:
+        if not self._updates_rows or touched_rows.KERNEL in self._without:
             return opened
 
         def found(update: touched_rows.Update) -> None:
@@ -163,8 +165,9 @@ class _Walk:
     def _higher_order(self, eqn: Any, location: str) -> Any:
         if left_out("", eqn):
             return eqn
-        changed, around = {}, self._around
+        changed, around, without = {}, self._around, self._without
         self._around = f"{around}/{compat.name_scopes(eqn)}"
+        self._without = excluded(self._around)
         for parameter in HIGHER_ORDER.get(eqn.primitive.name, (written.PARAMETER,)):
             value = eqn.params[parameter]
             free = _overwritten(eqn)
@@ -172,7 +175,7 @@ class _Walk:
             old = value if isinstance(value, tuple) else (value,)
             if any(a is not b for a, b in zip(new, old)):
                 changed[parameter] = new if isinstance(value, tuple) else new[0]
-        self._around = around
+        self._around, self._without = around, without
         return eqn.replace(params={**eqn.params, **changed}) if changed else eqn
 
 

@@ -129,33 +129,34 @@ class _Planner:
         self._mode = mode
         self._known: dict[tuple[Any, ...], Plan] = {}
 
-    def plan(self, jaxpr: Any, origins: tuple[Value | None, ...]) -> Plan:
+    def plan(self, jaxpr: Any, origins: tuple[Value | None, ...], without: frozenset[str] = frozenset()) -> Plan:
         # A function that is called several times alike is planned once.
-        key = (id(jaxpr), origins)
+        key = (id(jaxpr), origins, without)
         if key not in self._known:
-            self._known[key] = self._make(jaxpr, origins)
+            self._known[key] = self._make(jaxpr, origins, without)
         return self._known[key]
 
-    def _make(self, jaxpr: Any, origins: tuple[Value | None, ...]) -> Plan:
+    def _make(self, jaxpr: Any, origins: tuple[Value | None, ...], without: frozenset[str]) -> Plan:
         graph = trace.build(jaxpr, origins)
         plan = Plan(jaxpr, graph, Report())
-        _choose(plan, self._settings, self._patterns, self._mode)
+        settings = dataclasses.replace(self._settings, exclude=self._settings.exclude | without)
+        _choose(plan, settings, self._patterns, self._mode)
         live = _drop_what_does_not_pay(plan, self._mode)
         needed = {value.node for value in live}
         for node in graph.nodes:
             runs = node in needed or node.eqn.effects
             if runs and node.primitive in HIGHER_ORDER and not _skipped(node, self._mode):
-                plan.nested[node] = self._inside(node)
+                plan.nested[node] = self._inside(node, without | excluded(compat.name_scopes(node.eqn)))
         changed = {node for node in plan.nested if plan.changes(node)}
         plan.steps = schedule.steps(graph, plan.replacements, changed, live)
         return plan
 
-    def _inside(self, node: Node) -> dict[str, tuple[Plan, ...]]:
+    def _inside(self, node: Node, without: frozenset[str]) -> dict[str, tuple[Plan, ...]]:
         plans = {}
         for name in HIGHER_ORDER[node.primitive]:
             numbers = _operands(node.eqn, name)
             origins = tuple(None if number is None else node.inputs[number] for number in numbers)
-            plans[name] = tuple(self.plan(inner, origins) for inner in functions_of(node, name))
+            plans[name] = tuple(self.plan(inner, origins, without) for inner in functions_of(node, name))
         return plans
 
 
@@ -284,13 +285,15 @@ def _explicit_sharding(match: Match) -> str | None:
     return None
 
 
+def excluded(scopes: str) -> frozenset[str]:
+    """The kernels that the functions in these name scopes exclude."""
+    return frozenset(name for group in _WITHOUT.findall(scopes) for name in group.strip(".").split("."))
+
+
 def left_out(kernel: str, eqn: Any) -> bool:
-    """True for an equation inside `disabled`, or inside a function that excludes the kernel."""
+    """True for an equation inside `disabled`, or inside a function of its jaxpr that excludes the kernel."""
     scopes = compat.name_scopes(eqn)
-    if "jaxext." not in scopes:
-        return False
-    without = {name for group in _WITHOUT.findall(scopes) for name in group.strip(".").split(".")}
-    return SCOPE_OFF in scopes or kernel in without
+    return "jaxext." in scopes and (SCOPE_OFF in scopes or kernel in excluded(scopes))
 
 
 def _entry(kernel: str, node: Node, match: Match | None, reason: str = "") -> Entry:

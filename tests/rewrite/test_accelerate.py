@@ -137,6 +137,35 @@ def test_excluded_kernels_are_not_used_and_inner_exclusions_hold_inside_others()
     assert len(toy.calls) == 1
 
 
+AROUND = {
+    "scan": lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+    "while": lambda f: lambda x: jax.lax.while_loop(lambda c: c.sum() < 0, f, x),
+    "cond": lambda f: lambda x: jax.lax.cond(x.sum() > 0, f, jnp.sin, x),
+    "checkpoint": jax.checkpoint,
+    "jit": jax.jit,
+    "scan in jit": lambda f: jax.jit(AROUND["scan"](f)),
+    "vmap of scan": lambda f: lambda x: jax.vmap(AROUND["scan"](f))(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_inner_exclusions_hold_inside_loops_and_calls(around):
+    """The same loop, with and without the exclusion, in one program."""
+    loop = AROUND[around](scaled)
+    inner = jaxext.accelerate(loop, exclude="attention")
+    expected = loop(X)
+    np.testing.assert_allclose(jaxext.accelerate(lambda x: inner(x))(X), expected, atol=1e-5)
+    assert not toy.calls
+    np.testing.assert_allclose(jaxext.accelerate(lambda x: inner(x) + loop(x))(X), 2 * expected, atol=1e-5)
+    assert toy.calls
+
+
+def test_inner_exclusions_hold_inside_loops_that_are_differentiated():
+    inner = jaxext.accelerate(AROUND["scan"](scaled), exclude="attention")
+    jaxext.accelerate(jax.grad(lambda x: inner(x).sum()))(X)
+    assert not toy.calls
+
+
 def test_disabled_is_plain_jax_for_accelerated_functions():
     plain = str(jax.jit(scaled).trace(X).jaxpr)
     for kind in ("function", "jitted"):

@@ -87,6 +87,17 @@ def test_switched_off_it_is_stock_bit_for_bit():
 
 
 @needs_bf16
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_inner_exclusion_holds_inside_loops_and_calls(name):
+    """The same function beside it is exchanged, where only the scope around tells the two apart."""
+    function, operands = PROGRAMS[name], arrays((256, 256), (256, 256))
+    inner = jaxext.accelerate(function, exclude="matmul")
+    assert products(lambda *xs: inner(*xs), *operands) == 0
+    both = products(lambda *xs: (inner(*xs), function(*xs)), *operands)
+    assert both == products(function, *operands) > 0
+
+
+@needs_bf16
 def test_the_report_names_line_and_loop():
     def step(w, x):
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=3)[0]
