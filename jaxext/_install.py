@@ -49,11 +49,16 @@ def install(*, memory: str = "reuse", exclude: str | Iterable[str] = (), precisi
         precision=precision or environment.precision,
     )
     with _lock:
-        message = _memory.apply(memory)
-        if message and not is_installed():
-            print(f"jaxext: {message}", file=sys.stderr)
+        use_memory(memory)
         hooks.activate()
         _settings.set_everywhere(settings)
+
+
+def use_memory(memory: str) -> None:
+    """Puts `memory` in force without any kernel; where reuse is not possible, one line on stderr says why."""
+    message = _memory.apply(memory)
+    if message and not is_installed():
+        print(f"jaxext: {message}", file=sys.stderr)
 
 
 def uninstall() -> None:

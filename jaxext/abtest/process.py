@@ -47,15 +47,13 @@ def command(path: Path, arguments: list[str], setting: Setting) -> tuple[list[st
         environment.pop(name, None)
     if not setting.kernels and setting.memory == "system":
         return [sys.executable, str(path), *arguments], environment
-    if not setting.kernels:
-        environment["JAXEXT_DISABLE"] = "1"
     if setting.exclude:
         environment["JAXEXT_KERNELS"] = ",".join(f"-{kernel}" for kernel in setting.exclude)
     if setting.precision:
         environment["JAXEXT_PRECISION"] = setting.precision
     # By path: -m would prefer a folder named jaxext in the working directory, such as a checkout without its module.
     run = [sys.executable, str(Path(__file__).parents[1] / "__main__.py"), "run", "--memory", setting.memory]
-    return [*run, str(path), *arguments], environment
+    return [*run, *([] if setting.kernels else ["--no-kernels"]), str(path), *arguments], environment
 
 
 def run_program(

@@ -57,11 +57,14 @@ class _ImportWatcher(MetaPathFinder):
         return None
 
 
-def _install(memory: str) -> None:
+def _install(memory: str, kernels: bool) -> None:
     try:
-        from jaxext._install import install
+        from jaxext import _install, _settings
 
-        install(memory=memory)
+        if kernels:
+            _install.install(memory=memory)
+        elif _settings.from_environment() is not None:
+            _install.use_memory(memory)
     except ImportError as error:  # a JAX that jaxext does not fit
         print(f"jaxext run: {error} The program runs on plain JAX.", file=sys.stderr)
     except ValueError as error:  # a JAXEXT_* variable that cannot be read
@@ -69,41 +72,42 @@ def _install(memory: str) -> None:
         raise SystemExit(2) from None
 
 
-def install_with_jax(memory: str, then: Callable[[], None] = lambda: None) -> None:
+def install_with_jax(memory: str, kernels: bool = True, then: Callable[[], None] = lambda: None) -> None:
     """Arranges that jaxext is installed by the time `import jax` returns, here and in spawned child processes.
 
     Args:
       memory: as of `jaxext.install`.
+      kernels: False: only `memory` is put in force.
       then: called after the installation.
     """
 
     def ready() -> None:
-        _install(memory)
+        _install(memory, kernels)
         then()
 
     if "jax" in sys.modules:
         ready()
     else:
         sys.meta_path.insert(0, _ImportWatcher(ready))
-    _install_in_spawned_children(memory)
+    _install_in_spawned_children(memory, kernels)
 
 
 class _ChildSetup:
     """Unpickled by a child process of multiprocessing before it imports the program's `__main__`."""
 
-    def __init__(self, memory: str) -> None:
-        self._memory = memory
+    def __init__(self, memory: str, kernels: bool) -> None:
+        self._arguments = memory, kernels
 
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return install_with_jax, (self._memory,)
+    def __reduce__(self) -> tuple[Callable[[str, bool], None], tuple[str, bool]]:
+        return install_with_jax, self._arguments
 
 
-def _install_in_spawned_children(memory: str) -> None:
+def _install_in_spawned_children(memory: str, kernels: bool) -> None:
     from multiprocessing import spawn
 
     prepare = spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict[str, Any]:
-        return {"jaxext": _ChildSetup(memory), **prepare(name)}
+        return {"jaxext": _ChildSetup(memory, kernels), **prepare(name)}
 
     spawn.get_preparation_data = get_preparation_data

@@ -8,7 +8,9 @@ from typing import Any
 from jaxext import _memory
 from jaxext.cli import _program, _startup
 
-_USAGE = "jaxext run [--memory {reuse,system}] [--report] (script | -m module | -c code | -) [arguments …]"
+_USAGE = (
+    "jaxext run [--memory {reuse,system}] [--no-kernels] [--report] (script | -m module | -c code | -) [arguments …]"
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -23,6 +25,7 @@ def add_parser(commands: Any) -> None:
         default="reuse",
         help="reuse: keep freed buffers for the next step (default); system: leave the allocator alone",
     )
+    parser.add_argument("--no-kernels", action="store_true", help="JAX's own code, with what --memory says alone")
     parser.add_argument("--report", action="store_true", help="at exit, list on stderr what was replaced")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module")
     parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, help="run code given as text")
@@ -31,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    _startup.install_with_jax(args.memory, _report_at_exit if args.report else lambda: None)
+    _startup.install_with_jax(args.memory, not args.no_kernels, _report_at_exit if args.report else lambda: None)
     try:
         program = _load(args)
     except _program.ProgramError as error:

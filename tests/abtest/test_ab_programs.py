@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxext import _memory
 from jaxext.abtest import process, protocol
 from jaxext.abtest.process import ProgramError
 from jaxext.abtest.settings import Setting, label, parse_versus
@@ -111,6 +112,24 @@ def test_stock_as_it_comes_runs_without_jaxext(tmp_path):
     line, environment = process.command(tmp_path / "p.py", ["--x"], STOCK)
     assert line == [sys.executable, str(tmp_path / "p.py"), "--x"]
     assert "JAXEXT_KERNELS" not in environment
+
+
+# Prints what is in force as a loss: 1 for the kernels, 2 for memory reuse.
+IN_FORCE = """
+import sys, jax
+kernels = "jaxext" in sys.modules and sys.modules["jaxext"].is_installed()
+memory = "jaxext._memory" in sys.modules and sys.modules["jaxext._memory"].state().memory == "reuse"
+print("loss", kernels + 2 * memory)
+"""
+
+
+@pytest.mark.skipif(bool(_memory.impossible()), reason=_memory.impossible())
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("memory", ["system", "reuse"])
+def test_each_side_runs_under_what_it_is_called(program, kernels, memory):
+    path, setting = program(IN_FORCE), Setting(kernels=kernels, memory=memory)
+    found = process.run_program(path, [], setting, "some")
+    assert found.losses == [kernels + 2 * (memory == "reuse")]
 
 
 def test_settings_reach_the_command(tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxext import _memory
+
 RUN = [sys.executable, "-m", "jaxext", "run"]
 
 
@@ -146,6 +148,29 @@ def test_jaxext_is_installed_before_the_program_uses_jax(tmp_path, first):
 def test_jax_variables_that_the_program_sets_count(tmp_path):
     write(tmp_path, "p.py", "import os\nos.environ['JAX_ENABLE_X64'] = '1'\nimport jax\nprint(jax.numpy.ones(2).dtype)")
     assert run([*RUN, "p.py"], tmp_path).stdout == "float64\n"
+
+
+NO_KERNELS = """
+    import concurrent.futures, multiprocessing
+
+    def in_force():
+        import jax, jaxext._memory
+        return jaxext.is_installed(), jaxext._memory.state().memory
+
+    if __name__ == "__main__":
+        spawning = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawning) as children:
+            print(in_force(), children.submit(in_force).result())
+"""
+
+
+@pytest.mark.skipif(bool(_memory.impossible()), reason=_memory.impossible())
+def test_memory_can_be_reused_without_any_kernel_here_and_in_spawned_processes(tmp_path):
+    write(tmp_path, "p.py", NO_KERNELS)
+    assert run([*RUN, "--no-kernels", "p.py"], tmp_path).stdout == "(False, 'reuse') (False, 'reuse')\n"
+    switched_off = {"env": os.environ | {"JAXEXT_DISABLE": "1"}}
+    off = subprocess.run([*RUN, "--no-kernels", "p.py"], cwd=tmp_path, capture_output=True, text=True, **switched_off)
+    assert off.stdout == "(False, 'system') (False, 'system')\n"
 
 
 def test_spawned_processes_have_it_installed_too(tmp_path):
