@@ -17,6 +17,7 @@ from ..kernels import _platform
 from ..kernels._op import Op
 from . import touched_rows, unrounded, written
 from .eight_bits import EightBits
+from .neighbours import Neighbours
 from .plan import HIGHER_ORDER, LOCATION, excluded, left_out
 from .report import Entry, Report
 
@@ -49,14 +50,14 @@ class Exchange:
 
     `choose(equation)` returns the op and its parameters, or an expression; None where stock JAX is to run it.
     `before(equation)` makes an equation to run first, whose results the op takes in the operands' place.
-    `behind`: JAX's name of what may make the last operand; `choose(equation, its equation)` is then told of it.
+    `looks_round`: the choice depends on what makes its operands or reads its results: `choose(equation, neighbours)`.
     """
 
     kernel: str
     primitive: str
     choose: Callable[..., tuple[Op, Mapping[str, Any]] | Expression | None]
     before: Callable[[Any], Any] | None = None
-    behind: str = ""
+    looks_round: bool = False
 
 
 def exchange(
@@ -77,7 +78,6 @@ class _Walk:
         self._wanted, self._for_cpu = wanted, for_cpu
         self._finds_chains = for_cpu and unrounded.KERNEL not in settings.exclude
         self._updates_rows = for_cpu and touched_rows.KERNEL not in settings.exclude
-        self._behind = {e.behind for e in wanted.values() if e.behind}
         self._eight_bits = EightBits(settings)
         self._known: dict[Any, tuple[Any, Any]] = {}
         self._around = ""  # the name scopes of the operations that the walk is inside of
@@ -93,14 +93,14 @@ class _Walk:
             finds_chains = self._finds_chains and unrounded.KERNEL not in self._without
             flat, chains = unrounded.find(given) if finds_chains else (given.eqns, {})
             equations = []
-            makers = {eqn.outvars[0]: eqn for eqn in flat if eqn.primitive.name in self._behind}
+            neighbours = Neighbours(flat, opened.outvars)
             products = self._eight_bits.choose(flat, self._around, location, self.report)
             for eqn in flat:
                 chain = chains.get(id(eqn))
                 if id(eqn) in products:
                     equations.append(products[id(eqn)])
                 elif chain is None:
-                    equations += self._equations(eqn, location, makers)
+                    equations += self._equations(eqn, location, neighbours)
                 elif chain.end is eqn:
                     equations.append(self._unrounded(chain, location))
             same = len(equations) == len(opened.eqns) and all(new is old for new, old in zip(equations, opened.eqns))
@@ -108,14 +108,12 @@ class _Walk:
             self._known[key] = (jaxpr, jaxpr if same else compat.with_equations(jaxpr, equations))
         return self._known[key][1]
 
-    def _equations(self, eqn: Any, location: str, makers: Mapping[Any, Any]) -> list[Any]:
+    def _equations(self, eqn: Any, location: str, neighbours: Neighbours) -> list[Any]:
         name = eqn.primitive.name
         wanted = self._wanted.get(name)
         chosen = None
         if wanted is not None and wanted.kernel not in self._without and not left_out(wanted.kernel, eqn):
-            last = eqn.invars[-1] if wanted.behind else None
-            maker = None if last is None or written.is_literal(last) else makers.get(last)
-            chosen = wanted.choose(eqn) if maker is None else wanted.choose(eqn, maker)
+            chosen = wanted.choose(eqn, neighbours) if wanted.looks_round else wanted.choose(eqn)
         if isinstance(chosen, Expression) and not self._for_cpu:
             chosen = None  # what XLA runs slowly on a CPU
         if wanted is None or chosen is None:

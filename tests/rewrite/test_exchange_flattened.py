@@ -45,7 +45,7 @@ def test_precision_and_result_type_are_kept():
 
     def product(x, y):
         contracted = (((0, 1), (0, 1)), ((), ()))
-        return jax.lax.dot_general(x, y, contracted, precision="highest", preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(x, y, contracted, precision="highest", preferred_element_type=jnp.float32).T
 
     assert details("matmul", product, x, y) == [DETAIL]
     (line,) = products(product, x, y)
@@ -67,14 +67,34 @@ def test_precision_and_result_type_are_kept():
     ids=["one dimension", "crossed", "not leading", "more features", "a batch"],
 )
 def test_what_xla_computes_well_stays(shapes, numbers):
-    assert details("matmul", lambda x, y: jax.lax.dot_general(x, y, numbers), *arrays(*shapes)) == []
+    product = lambda x, y: jax.lax.dot_general(x, y, numbers)  # noqa: E731
+    assert details("matmul", lambda x, y: product(x, y).T, *arrays(*shapes)) == []
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda p: p, lambda p: jnp.sin(p.T.T), lambda p: (p, p.T), lambda p: (jnp.sin(p), p.T)],
+    ids=["not turned", "turned twice", "a result too", "another reader"],
+)
+def test_a_product_that_is_not_only_turned_round_stays(read):
+    x, y = arrays((4, 6, 8), (4, 6, 10))
+    product = lambda x, y: read(jnp.tensordot(x, y, ((0, 1), (0, 1))))  # noqa: E731
+    assert details("matmul", product, x, y) == []
+
+
+def test_the_gradient_of_a_matrix_that_is_stored_transposed_stays():
+    """As in Hugging Face's GPT-2, and wherever `x @ w.T` is written: XLA's own product was 1.1 to 1.8x as fast."""
+    x, w = arrays((4, 6, 24), (40, 24))
+    gradient = jax.grad(lambda w, x: jnp.sin(x @ w.T).sum())
+    assert details("matmul", gradient, w, x) == []
+    assert details("matmul", jax.grad(lambda w, x: jnp.sin(x @ w).sum()), w.T, x) == [DETAIL]
 
 
 def test_over_several_devices_or_on_another_platform_it_stays_as_it_was():
     x, y = arrays((4, 6, 8), (4, 6, 10))
-    product = lambda x, y: jnp.einsum("abc,abd->cd", x, y)  # noqa: E731
+    product = lambda x, y: jnp.tensordot(y, x, ((0, 1), (0, 1))).T  # noqa: E731
     step = jaxext.accelerate(product)
-    flattened, original = "tensor<24x10xf32>", "tensor<4x6x8xf32>, tensor<4x6x10xf32>"
+    flattened, original = "tensor<24x10xf32>", "tensor<4x6x10xf32>, tensor<4x6x8xf32>"
     assert flattened in step.lower(x, y).as_text()
     elsewhere = step.trace(x, y).lower(lowering_platforms=("cuda",)).as_text()
     assert flattened not in elsewhere and original in elsewhere
@@ -88,6 +108,6 @@ def test_over_several_devices_or_on_another_platform_it_stays_as_it_was():
 
 def test_it_is_switched_off_with_the_other_products():
     x, y = arrays((4, 6, 8), (4, 6, 10))
-    product = lambda x, y: jnp.einsum("abc,abd->cd", x, y)  # noqa: E731
+    product = lambda x, y: jnp.tensordot(y, x, ((0, 1), (0, 1))).T  # noqa: E731
     assert details("matmul", product, x, y) == [DETAIL]
     assert details("matmul", jaxext.accelerate(product, exclude="matmul"), x, y) == []

@@ -18,6 +18,7 @@ import numpy as np
 
 from ... import _jax_compat as compat
 from ..exchange import Exchange, Expression
+from ..neighbours import Neighbours
 from . import dense, depthwise
 
 # Below, both take so little that starting them counts. Measured in tests/bench/bench_primitives.py.
@@ -26,9 +27,11 @@ LEAST_KERNEL, LEAST_FEATURES = 1 << 13, 16
 MOST_TAPS = 49  # of a window that becomes patches: each is a slice of the program
 
 
-def _choose(eqn: Any, reverse: Any = None) -> Expression | None:
+def _choose(eqn: Any, neighbours: Neighbours) -> Expression | None:
     if any(compat.explicit_sharding(var.aval) for var in eqn.invars):
         return None
+    maker = neighbours.maker(eqn.invars[-1])
+    reverse = maker if maker is not None and maker.primitive.name == "rev" else None
     return depthwise.choose(eqn) or dense.choose(eqn, reverse) or _otherwise(eqn)
 
 
@@ -121,4 +124,4 @@ def _patches(x: jax.Array, w: jax.Array, *, params: Any) -> jax.Array:
     return product.transpose(np.argsort(order)).astype(params["preferred_element_type"] or x.dtype)
 
 
-EXCHANGE = Exchange("convolution", "conv_general_dilated", _choose, behind="rev")
+EXCHANGE = Exchange("convolution", "conv_general_dilated", _choose, looks_round=True)

@@ -1,8 +1,9 @@
 """Matrix products that XLA computes slowly, in whatever way they were written and differentiated.
 
 Those of bfloat16 operands, and of few float32 rows, become a kernel. The gradient of a matrix that [batch, steps,
-features] were multiplied with sums over batch and steps; XLA first turns both operands round and then writes the result
-against its layout, at two fifths of the speed it has where these are one dimension.
+features] were multiplied with sums over batch and steps and is transposed afterwards; XLA first turns the operands
+round and then writes the result against its layout, at two fifths of the speed it has where these are one dimension.
+A result that nobody transposes, as of `x @ w.T`, it writes as fast as anything.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ... import _jax_compat as compat
 from ...kernels._dot import DOT, dot_gains
 from ...kernels._op import Op
 from ..exchange import Exchange, Expression
+from ..neighbours import Neighbours
 
 _FLATTENED = ("float32", "float64")
 _DEFAULT = (None, jax.lax.Precision.DEFAULT)
 
 
-def _choose(eqn: Any) -> tuple[Op, Mapping[str, Any]] | Expression | None:
+def _choose(eqn: Any, neighbours: Neighbours) -> tuple[Op, Mapping[str, Any]] | Expression | None:
     a, b = (var.aval for var in eqn.invars)
     out = np.dtype(eqn.outvars[0].aval.dtype).name
     if eqn.params.get("out_sharding") is not None:
@@ -34,7 +36,7 @@ def _choose(eqn: Any) -> tuple[Op, Mapping[str, Any]] | Expression | None:
     kernel = _precision_is_default(eqn) and DOT.refusal(a, b, **params) is None
     if kernel and dot_gains(a, b, dimension_numbers):
         return DOT, params
-    if _sums_over_leading_dimensions(eqn):
+    if _sums_over_leading_dimensions(eqn) and _is_transposed(eqn.outvars[0], neighbours):
         return Expression(functools.partial(_flattened, params=eqn.params), "summed dimensions as one")
     return None
 
@@ -55,10 +57,19 @@ def _sums_over_leading_dimensions(eqn: Any) -> bool:
     return tuple(left) == tuple(right) == leading and a.dtype == b.dtype and not sharded
 
 
+def _is_transposed(result: Any, neighbours: Neighbours) -> bool:
+    """Whether those who read it turn it round; twice, as where the matrix itself was transposed, is not at all."""
+    turned, reader = False, neighbours.only_reader(result)
+    while reader is not None and reader.primitive.name == "transpose":
+        turned = not turned
+        reader = neighbours.only_reader(reader.outvars[0])
+    return turned
+
+
 def _flattened(a: jax.Array, b: jax.Array, *, params: Mapping[str, Any]) -> jax.Array:
     a, b = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (a, b))
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), **options)
 
 
-EXCHANGE = Exchange("matmul", "dot_general", _choose)
+EXCHANGE = Exchange("matmul", "dot_general", _choose, looks_round=True)
