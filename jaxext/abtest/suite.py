@@ -217,8 +217,8 @@ def run(
 ) -> SuiteResult:
     """Test every program; one that fails is recorded as an error, and the others go on.
 
-    `budget`: seconds for all; no program is begun after them. `after` sees the
-    result so far after each program, so that an interrupted suite has lost nothing.
+    `budget`: seconds for all; no program is begun after them. `after` sees the result so far after each program, so
+    that an interrupted suite has lost nothing.
     """
     clock = Clock(budget, watcher)
     load, peaks, entries = machine.load_average(), machine.peaks(0.5), []

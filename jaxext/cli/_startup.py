@@ -57,7 +57,7 @@ class _ImportWatcher(MetaPathFinder):
         return None
 
 
-def _install(memory: str, kernels: bool) -> None:
+def _put_in_force(memory: str, kernels: bool) -> None:
     try:
         from jaxext import _install, _settings
 
@@ -82,7 +82,7 @@ def install_with_jax(memory: str, kernels: bool = True, then: Callable[[], None]
     """
 
     def ready() -> None:
-        _install(memory, kernels)
+        _put_in_force(memory, kernels)
         then()
 
     if "jax" in sys.modules:

@@ -168,9 +168,8 @@ NO_KERNELS = """
 def test_memory_can_be_reused_without_any_kernel_here_and_in_spawned_processes(tmp_path):
     write(tmp_path, "p.py", NO_KERNELS)
     assert run([*RUN, "--no-kernels", "p.py"], tmp_path).stdout == "(False, 'reuse') (False, 'reuse')\n"
-    switched_off = {"env": os.environ | {"JAXEXT_DISABLE": "1"}}
-    off = subprocess.run([*RUN, "--no-kernels", "p.py"], cwd=tmp_path, capture_output=True, text=True, **switched_off)
-    assert off.stdout == "(False, 'system') (False, 'system')\n"
+    switched_off = run(["env", "JAXEXT_DISABLE=1", *RUN, "--no-kernels", "p.py"], tmp_path)
+    assert switched_off.stdout == "(False, 'system') (False, 'system')\n"
 
 
 def test_spawned_processes_have_it_installed_too(tmp_path):
