@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +166,18 @@ def test_a_forked_child_can_free_and_allocate():
         "print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))"
     )
     assert fresh(source) == 0
+
+
+def test_a_child_forked_while_another_thread_waits_can_wait_and_free(tmp_path):
+    """Without forgetting who waited, the child waits for threads that it has not."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C++ compiler here, or not Linux")
+    here, native, built = Path(__file__).parent, Path(__file__).parents[1] / "native", tmp_path / "pool_fork"
+    sources = [str(here / "pool_fork.cc"), str(native / "memory" / "pool.cc")]
+    options = ["-std=c++20", f"-I{native}", "-pthread"]
+    subprocess.run([compiler, *options, *sources, "-o", str(built)], check=True, timeout=120)
+    assert subprocess.run([str(built)], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -158,13 +158,17 @@ std::string lead_to_pool() { return "memory reuse needs Linux with glibc"; }
 
 void before_fork() { the_pool->lock().lock(); }
 void after_fork() { the_pool->lock().unlock(); }
+void after_fork_in_child() {
+  the_pool->forget_waiters();
+  after_fork();
+}
 
 std::string prepare() {
   // Never destroyed: jaxlib's threads and its own destructors free blocks until the process is gone.
   static BlockPool& reserved = *new BlockPool;
   if (!reserved.reserve(size_t{1} << 40)) return std::string("the address range was refused: ") + strerror(errno);
   the_pool = &reserved;
-  pthread_atfork(before_fork, after_fork, after_fork);
+  pthread_atfork(before_fork, after_fork, after_fork_in_child);
   return lead_to_pool();
 }
 

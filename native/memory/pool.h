@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace jaxext {
@@ -41,6 +42,8 @@ class BlockPool {
   Counts counts();
   // fork(2) copies the lock as it is: taken before, given back after on both sides.
   std::mutex& lock() { return lock_; }
+  // In the child: those who were waiting did not come along, and must not be waited for.
+  void forget_waiters() { new (&freed_) std::condition_variable; }
 
  private:
   static constexpr int classes = 8 * 40;
