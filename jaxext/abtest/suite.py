@@ -203,7 +203,8 @@ def _program(suite: Path, index: int, table: dict[str, Any]) -> Program:
     except TargetError as error:
         raise TargetError(f"{where}: {error}") from error
     arguments = tuple(str(argument) for argument in table.get("arguments", ()))
-    return Program(table["name"], path, factory, arguments, table.get("tolerance"), table.get("repeats", 2))
+    repeats = table.get("repeats", Program.repeats)
+    return Program(table["name"], path, factory, arguments, table.get("tolerance"), repeats)
 
 
 def run(

@@ -32,7 +32,7 @@ class Ratio:
 
 
 def paired_ratio(reference: Sequence[float], candidate: Sequence[float], seed: int) -> Ratio:
-    """Ratio of two equally long lists of seconds, pair by pair, all from one process a side.
+    """Ratio of two equally long lists of seconds, pair by pair, each pair as independent as the next.
 
     Raises:
       ValueError: the lists are empty or of unequal length.
@@ -48,9 +48,7 @@ def ratio_over_runs(runs: Sequence[Pairs], seed: int) -> Ratio:
     Raises:
       ValueError: no run, or lists that are empty or of unequal length.
     """
-    ratios = [_ratios(*run) for run in runs]
-    if not ratios:
-        raise ValueError("runs is empty: expected the measurements of at least one run.")
+    ratios = _ratios_of_runs(runs)
     pairs = np.concatenate(ratios)
     if len(pairs) < 3:
         return Ratio(float(np.median(pairs)), None, len(pairs))
@@ -69,14 +67,20 @@ def geometric_mean(programs: Sequence[Sequence[Pairs]], seed: int) -> Ratio:
     """
     if not programs:
         raise ValueError("programs is empty: expected the measurements of at least one program.")
-    found = [ratio_over_runs(runs, seed) for runs in programs]
-    value = float(np.exp(np.mean([np.log(ratio.value) for ratio in found])))
-    if any(ratio.interval is None for ratio in found):
+    found = [_ratios_of_runs(runs) for runs in programs]
+    value = float(np.exp(np.mean([np.log(np.median(np.concatenate(ratios))) for ratios in found])))
+    if any(sum(map(len, ratios)) < 3 for ratios in found):
         return Ratio(value, None, len(programs))
     rng = np.random.default_rng(seed)
-    logs = [np.log(_resampled_medians([_ratios(*run) for run in runs], rng)) for runs in programs]
+    logs = [np.log(_resampled_medians(ratios, rng)) for ratios in found]
     low, high = np.percentile(np.exp(np.mean(logs, axis=0)), [2.5, 97.5])
     return Ratio(value, (float(low), float(high)), len(programs))
+
+
+def _ratios_of_runs(runs: Sequence[Pairs]) -> list[np.ndarray]:
+    if not runs:
+        raise ValueError("runs is empty: expected the measurements of at least one run.")
+    return [_ratios(*run) for run in runs]
 
 
 def _ratios(reference: Sequence[float], candidate: Sequence[float]) -> np.ndarray:
